@@ -1,0 +1,1 @@
+"""The training stage: trains networks and records their neural tangent kernels into Zarr stores."""

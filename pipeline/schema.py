@@ -1,0 +1,157 @@
+"""The contract between the two stages: groups, variables, dimensions, dtypes and units of a run's store.
+
+Letters of the dimensions, the same in code, docstrings and stores:
+
+    n  probe examples        `sample`, `sample2`        k  eigenpairs              `eig`
+    c  outputs               `output`                   s  rows (snapshots)        `step` in a run, `snapshot` in a sweep
+    p  parameters            `parameter_index`
+
+Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent
+kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L = (1/2n) ‖f - y‖² the loss.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+FORMAT_VERSION = 1
+CONVENTIONS = "CF-1.11 NTK-EOS-1"
+
+# Rows that share a chunk. Small arrays share chunks, which are replaced whole; large ones have rows of their own.
+TRAIN_ROWS, SCALAR_ROWS, EIGENVALUE_ROWS = 4096, 1024, 64
+BAND_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One array of a group.
+
+    Attributes:
+        name: as in the store.
+        dims: dimension names; the first is `step` in growing groups.
+        dtype: numpy dtype, or "model" for the dtype of the model's parameters.
+        units: UDUNITS string, "1" if dimensionless.
+        long_name: a few words for an axis label.
+        description: the defining equation and what one needs to read it.
+        rows_per_chunk: rows that share a chunk; None where a row owns its chunks.
+        volatile: not part of the run's identity, so left out of digests (times, costs).
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    long_name: str
+    description: str
+    rows_per_chunk: int | None = SCALAR_ROWS
+    volatile: bool = False
+
+
+def _by_name(variables: Iterable[Variable]) -> dict[str, Variable]:
+    return {variable.name: variable for variable in variables}
+
+
+# Every growing group has these four beside its own variables; `digest` closes each row.
+ROW = _by_name([
+    Variable("step", ("step",), "int64", "1", "step", "Number of updates made before this row was measured."),
+    Variable("learning_rate", ("step",), "float64", "1", "learning rate", "Step size η of the run."),
+    Variable("seed", ("step",), "int64", "1", "seed", "Seed of data, initialisation and order."),
+    Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step."),
+])  # fmt: skip
+DIGEST = Variable(
+    "digest", ("step", "byte"), "uint8", "1", "row digest",
+    "blake2b-128 over (group, name, dtype, shape, little-endian bytes) of the row's variables in schema order.",
+)  # fmt: skip
+
+SCALARS = _by_name([
+    Variable(
+        "ntk_sharpness", ("step",), "float64", "1", "NTK sharpness",
+        "λ₁/n, the top eigenvalue of the full nc x nc kernel over n; the line of gradient descent is 2/η.",
+    ),
+    Variable("frobenius_norm", ("step",), "float64", "1", "Frobenius norm of the NTK", "‖K‖_F."),
+    Variable("trace", ("step",), "float64", "1", "trace of the NTK", "tr K."),
+    Variable("target_energy", ("step",), "float64", "1", "target energy", "Σ_c y_cᵀ K y_c."),
+])  # fmt: skip
+
+SPECTRA = _by_name([
+    Variable(
+        "eigenvalue", ("step", "eig"), "float64", "1", "NTK eigenvalue",
+        "λ_i of K, descending, computed in float64 from the kernel before it is rounded for storage.",
+        rows_per_chunk=EIGENVALUE_ROWS,
+    ),
+    Variable(
+        "eigenvector", ("step", "sample", "eig"), "float32", "1", "NTK eigenvector",
+        "v_i of K, unit length, its component of largest modulus positive.", rows_per_chunk=None,
+    ),
+    Variable(
+        "prediction", ("step", "sample", "output"), "model", "1", "network output", "f(θ) on the probe.",
+        rows_per_chunk=None,
+    ),
+])  # fmt: skip
+
+KERNELS = _by_name([
+    Variable(
+        "ntk", ("step", "sample", "sample2"), "float32", "1", "neural tangent kernel",
+        "K = J Jᵀ on the probe, summed over outputs.", rows_per_chunk=None,
+    ),
+    Variable(
+        "parameter", ("step", "parameter_index"), "model", "1", "parameters",
+        "θ flattened; names and shapes of the tensors are in the attributes `names` and `shapes`.",
+        rows_per_chunk=None,
+    ),
+])  # fmt: skip
+
+TRAIN = _by_name([
+    Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step.", TRAIN_ROWS),
+    Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right.", TRAIN_ROWS),
+    Variable("grad_norm", ("step",), "float64", "1", "gradient norm", "‖∇L(θ)‖₂.", TRAIN_ROWS),
+    Variable(
+        "wall_time", ("step",), "float64", "s", "wall time", "Seconds of this process since it took up the run.",
+        TRAIN_ROWS, volatile=True,
+    ),
+])  # fmt: skip
+
+PROBE = _by_name([
+    Variable("sample_index", ("sample",), "int64", "1", "example", "Row of the dataset that this example came from."),
+    Variable("input", ("sample",), "model", "1", "input", "x, as the network sees it; further dims are feature axes."),
+    Variable("target", ("sample", "output"), "model", "1", "target", "y, as the loss sees it."),
+])  # fmt: skip
+
+# The growing groups and their variables, in the order in which a row's digest takes them. `snapshots` holds every
+# variable of `spectra` and `scalars` too, so that one group answers most questions.
+GROUPS: dict[str, dict[str, Variable]] = {
+    "scalars": SCALARS,
+    "snapshots": KERNELS | SPECTRA | SCALARS,
+    "spectra": SPECTRA,
+    "train": TRAIN,
+}
+
+
+def row_variables(group: str, names: Iterable[str] | None = None) -> list[Variable]:
+    """The variables of a row of `group` in schema order: step, learning_rate, seed, loss, then its own.
+
+    Args:
+        group: one of `GROUPS`.
+        names: restrict the group's own variables to these (a loop that measures no accuracy has none).
+    """
+    own = GROUPS[group]
+    kept = own if names is None else {name: own[name] for name in own if name in set(names)}
+    rows = TRAIN_ROWS if group == "train" else SCALAR_ROWS
+    common = [Variable(**{**vars(v), "rows_per_chunk": rows}) for v in ROW.values() if v.name not in kept]
+    return common + list(kept.values())
+
+
+def chunk_shape(variable: Variable, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Chunk shape of a growing array whose rows have `shape[1:]`.
+
+    Shared chunks hold `rows_per_chunk` whole rows. A row that owns its chunks is cut along its first axis into
+    bands of at most `BAND_BYTES`; a square matrix of side 10,000 or more into tiles of 2048, so that one task can
+    write a tile and its mirror.
+    """
+    if variable.rows_per_chunk is not None:
+        return (variable.rows_per_chunk, *shape[1:])
+    if len(shape) == 3 and shape[1] == shape[2] >= 10_000:
+        return (1, 2048, 2048)
+    per_line = itemsize * int(np.prod(shape[2:], dtype=np.int64))
+    return (1, max(1, min(shape[1], BAND_BYTES // max(per_line, 1))), *shape[2:])
