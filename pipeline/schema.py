@@ -11,14 +11,14 @@ kernel (for several outputs the sum over outputs of K_cc), η the learning rate,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 FORMAT_VERSION = 1
 CONVENTIONS = "CF-1.11 NTK-EOS-1"
 
-# Rows that share a chunk. Small arrays share chunks, which are replaced whole; large ones have rows of their own.
+# Rows that share a chunk. Small arrays share chunks, which are replaced whole at each commit.
 TRAIN_ROWS, SCALAR_ROWS, EIGENVALUE_ROWS = 4096, 1024, 64
 BAND_BYTES = 16 * 2**20
 
@@ -62,6 +62,7 @@ ROW = _by_name([
 DIGEST = Variable(
     "digest", ("step", "byte"), "uint8", "1", "row digest",
     "blake2b-128 over (group, name, dtype, shape, little-endian bytes) of the row's variables in schema order.",
+    volatile=True,  # a digest does not cover itself
 )  # fmt: skip
 
 SCALARS = _by_name([
@@ -103,12 +104,12 @@ KERNELS = _by_name([
 ])  # fmt: skip
 
 TRAIN = _by_name([
-    Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step.", TRAIN_ROWS),
-    Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right.", TRAIN_ROWS),
-    Variable("grad_norm", ("step",), "float64", "1", "gradient norm", "‖∇L(θ)‖₂.", TRAIN_ROWS),
+    Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step."),
+    Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right."),
+    Variable("grad_norm", ("step",), "float64", "1", "gradient norm", "‖∇L(θ)‖₂."),
     Variable(
         "wall_time", ("step",), "float64", "s", "wall time", "Seconds of this process since it took up the run.",
-        TRAIN_ROWS, volatile=True,
+        volatile=True,
     ),
 ])  # fmt: skip
 
@@ -129,17 +130,16 @@ GROUPS: dict[str, dict[str, Variable]] = {
 
 
 def row_variables(group: str, names: Iterable[str] | None = None) -> list[Variable]:
-    """The variables of a row of `group` in schema order: step, learning_rate, seed, loss, then its own.
+    """The variables of a row of `group` in schema order: step, learning_rate, seed, loss, its own, the digest.
 
     Args:
         group: one of `GROUPS`.
         names: restrict the group's own variables to these (a loop that measures no accuracy has none).
     """
-    own = GROUPS[group]
-    kept = own if names is None else {name: own[name] for name in own if name in set(names)}
-    rows = TRAIN_ROWS if group == "train" else SCALAR_ROWS
-    common = [Variable(**{**vars(v), "rows_per_chunk": rows}) for v in ROW.values() if v.name not in kept]
-    return common + list(kept.values())
+    wanted = GROUPS[group].keys() if names is None else set(names)
+    own = {name: variable for name, variable in GROUPS[group].items() if name in wanted}
+    row = [*(ROW | own).values(), DIGEST]
+    return [replace(variable, rows_per_chunk=TRAIN_ROWS) for variable in row] if group == "train" else row
 
 
 def chunk_shape(variable: Variable, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

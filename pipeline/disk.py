@@ -1,0 +1,212 @@
+"""The one door to the disk: every file of a store is written, listed, locked and deleted here.
+
+A file is complete or absent. `put` writes a hidden temporary file, fsyncs it and only then renames it over the
+old one: a rename before the fsync can leave a committed name pointing at bytes that a power cut took. `sync`
+fsyncs the directories touched since the last call, which makes the renames themselves durable; a commit calls it
+before it writes the one file that publishes the rest.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from pipeline.errors import InputError, MissingError, RunLocked
+
+TEMPORARY = ".tmp-"
+
+
+class Lease:
+    """The right to write one run, held until `release` or the end of the process, however it ends."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle: int | None = handle
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease back; a second call does nothing."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+class Directory:
+    """Keys (relative paths with `/`) and their bytes below one folder of a local POSIX file system."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._touched: set[Path] = set()
+
+    def __repr__(self) -> str:
+        return f"Directory({str(self.path)!r})"
+
+    def _file(self, key: str) -> Path:
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") or "\0" in part for part in parts):
+            raise InputError(f"key {key!r}: must be a relative path without '..'")
+        return self.path.joinpath(*parts)
+
+    def make(self) -> None:
+        """Create the folder and its parents; a folder that is there already is fine.
+
+        Raises:
+            InputError: if the file system refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create {self.path}: {error.strerror}; choose a folder you may write") from error
+        self._touched.add(self.path.parent)
+
+    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
+        """Write a whole file at once: readers see the old bytes or the new ones.
+
+        Args:
+            key: where, relative to the folder.
+            data: the new bytes.
+            durable: fsync the bytes before the rename; only a file that nothing depends on (a heartbeat) goes without.
+        """
+        target = self._file(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            self._touched.add(target.parent)
+
+    def sync(self) -> None:
+        """Make all renames and creations since the last call durable."""
+        for folder in sorted(self._touched, reverse=True):
+            if folder.is_dir():
+                _fsync_directory(folder)
+        self._touched.clear()
+
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        """The bytes of a file.
+
+        Args:
+            key: which file.
+            limit: refuse to read more bytes than this.
+
+        Raises:
+            MissingError: if there is no such file.
+            InputError: if it is larger than `limit`.
+        """
+        file = self._file(key)
+        try:
+            if limit is not None and file.stat().st_size > limit:
+                raise InputError(f"{file} has {file.stat().st_size} bytes, more than the {limit} allowed here")
+            return file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingError(f"{file} does not exist") from error
+
+    def exists(self, key: str) -> bool:
+        """Whether a file or folder of that key is there."""
+        return self._file(key).exists()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys of all visible files below `prefix`, sorted; hidden names (temporary files) are left out."""
+        start = self._file(prefix) if prefix else self.path
+        for folder, folders, files in os.walk(start):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith("."):
+                    yield Path(folder, name).relative_to(self.path).as_posix()
+
+    def delete(self, key: str) -> None:
+        """Remove a file or a whole folder; one that is not there is fine."""
+        target = self._file(key)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            target.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove the temporary files that killed writers left behind. Only the holder of the lease may call this."""
+        for folder, _, files in os.walk(self.path):
+            for name in files:
+                if name.startswith(TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
+
+    def publish(self, built: "Directory", name: str) -> None:
+        """Rename a folder that was built under a hidden name to `name` here, all its files at once."""
+        for folder, _, _ in os.walk(built.path, topdown=False):
+            _fsync_directory(Path(folder))
+        os.rename(built.path, self._file(name))
+        _fsync_directory(self.path)
+
+    def lease(self, key: str, note: bytes, *, wait: bool = False) -> Lease:
+        """Become the single writer: lock the file `key` and leave `note` in it for whoever is refused.
+
+        The lock belongs to the open file, so the kernel frees it when the process ends, also by SIGKILL.
+
+        Args:
+            key: the file that stands for the right to write.
+            note: who holds it.
+            wait: wait for the holder instead of refusing.
+
+        Raises:
+            RunLocked: if another process holds it; the message carries its note.
+        """
+        handle = os.open(self._file(key), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if wait:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            else:
+                _lock_now(handle, self.path.name)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, note, 0)
+        except BaseException:
+            os.close(handle)
+            raise
+        return Lease(handle)
+
+    def leased(self, key: str) -> bool:
+        """Whether some process holds the lease of `key` now."""
+        try:
+            handle = os.open(self._file(key), os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+
+def _lock_now(handle: int, name: str) -> None:
+    for _ in range(5):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # A reader that asks `leased` holds a shared lock for an instant; a writer holds its own for long.
+            time.sleep(0.02)
+    holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip()
+    raise RunLocked(f"{name} is being written by {holder or 'another process'}; wait for it or stop it")
+
+
+def _fsync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

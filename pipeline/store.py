@@ -1,0 +1,612 @@
+"""Runs on disk: creating, committing, finishing, reading and verifying one Zarr group per run.
+
+The root `zarr.json` of a run is its commit record. It names the committed length of every array, the head of the
+digest chain and the checkpoint that belongs to it, and it is replaced in one atomic step after everything it names
+is durable. A kill at any moment therefore leaves the last commit whole and nothing of the next one visible.
+
+    row digest   blake2b-128 over (group, name, dtype, shape, bytes) of the row's variables
+    head         blake2b-128(head, row digest), rows in order of (step, group),
+                 seeded by the digest of the run's identity and its probe
+
+Two runs recorded the same numbers if and only if their heads are equal.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import schema, zarr3
+from pipeline.disk import Directory, Lease
+from pipeline.errors import DamagedStore, InputError, MissingError
+from pipeline.schema import Variable
+from pipeline.zarr3 import Document
+
+RUNS = "runs"
+SUFFIX = ".zarr"
+RECORD = "zarr.json"
+LEASE = "LEASE"
+HEARTBEAT = "run.json"
+FINAL = ("complete", "diverged")
+RECORD_LIMIT = 64 * 2**20
+
+Row = Mapping[str, Any]
+
+
+def blake(*parts: bytes) -> bytes:
+    """blake2b-128 of the concatenated parts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def row_digest(group: str, variables: Iterable[Variable], row: Row) -> bytes:
+    """Digest of one row of a group; volatile variables do not count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for variable in variables:
+        if not variable.volatile:
+            value = np.asarray(row[variable.name])
+            digest.update(f"{group}\0{variable.name}\0{value.dtype.name}\0{value.shape}\0".encode())
+            digest.update(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).data)
+    return digest.digest()
+
+
+def chain_seed(identity: Document, probe: Mapping[str, NDArray[Any]]) -> bytes:
+    """First link of the digest chain: what the run is and which examples it was measured on."""
+    rows = [Variable(name, (), "", "", "", "") for name in sorted(probe)]
+    return blake(zarr3.to_json(identity), row_digest("probe", rows, probe))
+
+
+def runs_directory(root: str | os.PathLike[str]) -> Directory:
+    """The `runs/` folder of an existing store.
+
+    Raises:
+        MissingError: if the root does not exist.
+        InputError: if it exists and is not a store.
+    """
+    if not Path(root).exists():
+        raise MissingError(f"{root} does not exist; `ntk-eos run STUDY --out {root}` would create it")
+    if not Path(root, RUNS).is_dir():
+        raise InputError(f"{root} is not a store: it has no folder {RUNS!r}; give the folder that `run --out` wrote")
+    return Directory(Path(root, RUNS))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its commit record describes it; the arrays are not opened.
+
+    Attributes:
+        path: folder of the run.
+        document: the root `zarr.json`.
+    """
+
+    path: Path
+    document: Document = field(repr=False)
+
+    @property
+    def attrs(self) -> Document:
+        """Root attributes: identity, provenance and the last commit."""
+        return self.document["attributes"]
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run, unique in its root."""
+        return self.attrs["run"]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Committed rows per growing group."""
+        return self.attrs["lengths"]
+
+    @property
+    def head(self) -> str:
+        """Hexadecimal head of the digest chain."""
+        return self.attrs["head"]
+
+    @cached_property
+    def heartbeat(self) -> Document:
+        """What the writer last said of itself; empty if that file is gone or unreadable."""
+        try:
+            return json.loads(Directory(self.path).get(HEARTBEAT, limit=2**20))
+        except (MissingError, InputError, ValueError):
+            return {}
+
+    @property
+    def status(self) -> str:
+        """complete, diverged, running, interrupted, failed, or stale (unfinished, and nobody writes it)."""
+        if self.attrs["status"] in FINAL:
+            return self.attrs["status"]
+        if Directory(self.path).leased(LEASE):
+            return "running"
+        said = self.heartbeat.get("status")
+        return said if said in ("interrupted", "failed") else "stale"
+
+    def node(self, name: str) -> Document:
+        """Metadata document of an array, such as `snapshots/ntk`, at its committed length."""
+        return self.document["consolidated_metadata"]["metadata"][name]
+
+    def arrays(self, group: str) -> dict[str, Document]:
+        """Metadata documents of all arrays of a group."""
+        nodes = self.document["consolidated_metadata"]["metadata"]
+        return {
+            name.partition("/")[2]: node
+            for name, node in nodes.items()
+            if name.startswith(f"{group}/") and node["node_type"] == "array"
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Committed values of an array, rows `start` to `stop`, read chunk by chunk without zarr.
+
+        Raises:
+            DamagedStore: naming the file, if a chunk is missing or does not decode.
+        """
+        node = self.node(name)
+        shape = list(node["shape"])
+        chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
+        stop = shape[0] if stop is None else min(stop, shape[0])
+        out = np.empty((max(stop - start, 0), *shape[1:]), dtype=node["data_type"])
+        for index in zarr3.grid(tuple(shape), chunks):
+            low, high = index[0] * chunks[0], min((index[0] + 1) * chunks[0], shape[0])
+            if high <= start or low >= stop:
+                continue
+            key = f"{name}/{zarr3.chunk_key(index)}"
+            try:
+                chunk = zarr3.decode(Directory(self.path).get(key), out.dtype, chunks)
+            except (DamagedStore, MissingError) as error:
+                raise DamagedStore(f"{self.path / key}: {error}") from error
+            first, last = max(low, start), min(high, stop)
+            rest = tuple(
+                slice(i * c, min((i + 1) * c, s)) for i, c, s in zip(index[1:], chunks[1:], shape[1:], strict=True)
+            )
+            inner = tuple(slice(0, s.stop - s.start) for s in rest)
+            out[(slice(first - start, last - start), *rest)] = chunk[(slice(first - low, last - low), *inner)]
+        return out
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read the commit record of one run.
+
+    Raises:
+        MissingError: if there is no run.
+        DamagedStore: if the record is not what was committed.
+        InputError: if it was written by a newer version of the format.
+    """
+    folder = Path(path)
+    try:
+        data = Directory(folder).get(RECORD, limit=RECORD_LIMIT)
+    except MissingError as error:
+        raise MissingError(f"{folder} is not a run: it has no {RECORD}") from error
+    try:
+        document = json.loads(data)
+        attrs = document["attributes"]
+        version, stated = attrs["format_version"], attrs["record"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStore(f"{folder / RECORD} is not the record of a run: {error!r}") from error
+    if version != schema.FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has format version {version}; this ntk-eos reads {schema.FORMAT_VERSION}: install a newer one"
+        )
+    if _record_digest(document) != stated:
+        raise DamagedStore(f"{folder / RECORD} is not what was committed: its own digest does not match")
+    return Run(folder, document)
+
+
+def list_runs(root: str | os.PathLike[str]) -> list[Run]:
+    """All runs of a root, by name."""
+    folder = runs_directory(root).path
+    return [read_run(path) for path in sorted(folder.glob(f"[!.]*{SUFFIX}")) if path.is_dir()]
+
+
+def find_run(root: str | os.PathLike[str], run_id: str) -> Run:
+    """One run of a root, by its name or a beginning of it that is unique.
+
+    Raises:
+        MissingError: if no run, or more than one, matches.
+    """
+    names = sorted(path.name.removesuffix(SUFFIX) for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}"))
+    matches = [name for name in names if name == run_id] or [name for name in names if name.startswith(run_id)]
+    if len(matches) != 1:
+        found = f"matches {', '.join(matches[:5])}" if matches else f"is not one of {', '.join(names[:5])} ..."
+        raise MissingError(f"run {run_id!r} {found}; give a full name from `ntk-eos status {root}`")
+    return read_run(Path(root, RUNS, matches[0] + SUFFIX))
+
+
+def _record_digest(document: Document) -> str:
+    attrs = {name: value for name, value in document["attributes"].items() if name != "record"}
+    return blake(zarr3.to_json({**document, "attributes": attrs})).hex()
+
+
+@dataclass
+class _Array:
+    """An array that grows: where its rows go, and the rows of a shared chunk that is not full yet."""
+
+    group: str
+    variable: Variable
+    dtype: np.dtype[Any]
+    row_shape: tuple[int, ...]
+    attributes: Document
+    tail: NDArray[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.variable.name}"
+
+    @cached_property
+    def chunks(self) -> tuple[int, ...]:
+        return schema.chunk_shape(self.variable, (1, *self.row_shape), self.dtype.itemsize)
+
+    def document(self, rows: int) -> Document:
+        return zarr3.array_document(
+            (rows, *self.row_shape), self.dtype, self.chunks, self.variable.dims, self.attributes
+        )
+
+    def chunk_files(self, first: int, rows: list[NDArray[Any]]) -> Iterator[tuple[str, bytes]]:
+        """Keys and bytes of all chunk files that change when `rows` are appended at row `first`."""
+        if self.variable.rows_per_chunk is None:
+            for offset, row in enumerate(rows):
+                for index, block in zarr3.split(row, self.chunks[1:]):
+                    yield f"{self.name}/{zarr3.chunk_key((first + offset, *index))}", zarr3.encode(block[None])
+            return
+        per_chunk = self.chunks[0]
+        for offset, row in enumerate(rows):
+            position = (first + offset) % per_chunk
+            if position == 0 or self.tail is None:
+                self.tail = np.full(self.chunks, zarr3.fill_value(self.dtype), self.dtype)
+            self.tail[position] = row
+            if position == per_chunk - 1 or offset == len(rows) - 1:
+                index = ((first + offset) // per_chunk, *(0 for _ in self.row_shape))
+                yield f"{self.name}/{zarr3.chunk_key(index)}", zarr3.encode(self.tail)
+
+
+class Writer:
+    """The single writer of one run.
+
+    Rows wait in memory until `commit`. Use `Writer.open`, which creates the run or takes it up where its last
+    commit left it.
+    """
+
+    def __init__(self, directory: Directory, lease: Lease, run: Run) -> None:
+        self.directory = directory
+        self._lease = lease
+        self._attrs = dict(run.attrs)
+        self._static = {
+            name: node for name, node in run.document["consolidated_metadata"]["metadata"].items()
+            if name.startswith("probe")
+        }  # fmt: skip
+        self._lengths = dict(run.lengths)
+        self._capacity = dict.fromkeys(run.lengths, 0)
+        self._pending: dict[str, list[Row]] = {group: [] for group in run.lengths}
+        self._head = bytes.fromhex(run.head)
+        self._started = time.monotonic()
+        self._arrays: dict[str, list[_Array]] = {}
+        self._variables: dict[str, list[Variable]] = {}
+        for group in run.lengths:
+            nodes = run.arrays(group)
+            self._variables[group] = schema.row_variables(group, nodes)
+            self._arrays[group] = [_growing(group, v, nodes[v.name]) for v in self._variables[group]]
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str],
+        run_id: str,
+        *,
+        identity: Document,
+        attrs: Document,
+        dims: Mapping[str, int],
+        groups: Mapping[str, Iterable[str]],
+        capacity: Mapping[str, int],
+        probe: Mapping[str, NDArray[Any]],
+        dtype: str,
+        attributes: Mapping[str, Document] | None = None,
+    ) -> Self:
+        """Create a run, or take it up where its last commit left it.
+
+        Args:
+            root: folder of the store; created if absent.
+            run_id: name of the run.
+            identity: what makes the run this run; part of the digest chain.
+            attrs: further root attributes (provenance, titles).
+            dims: lengths of `sample`, `sample2`, `eig`, `output` and `parameter_index`.
+            groups: variables of each growing group.
+            capacity: rows planned per group; a group that outgrows its plan is enlarged.
+            probe: the arrays `sample_index` (n,), `input` (n, ...) and `target` (n, c).
+            dtype: dtype of the model's parameters.
+            attributes: further attributes of single arrays, by `group/name`.
+
+        Raises:
+            InputError: if the root cannot be written, or the run holds other data under this name.
+            RunLocked: if another process writes this run.
+        """
+        runs = Directory(Path(root, RUNS))
+        runs.make()
+        seed = chain_seed(identity, probe)
+        name = run_id + SUFFIX
+        with runs.lease(".lock", _holder(), wait=True):
+            # Nobody else creates now, so half-made folders of this run are a killed writer's.
+            for hidden in runs.path.glob(f".new-*-{name}"):
+                runs.delete(hidden.name)
+            if not runs.exists(name):
+                fresh = {
+                    **attrs,
+                    "run": run_id,
+                    "identity": identity,
+                    "format_version": schema.FORMAT_VERSION,
+                    "Conventions": schema.CONVENTIONS,
+                    "seed_digest": seed.hex(),
+                    "head": seed.hex(),
+                    "status": "running",
+                    "stop_reason": None,
+                    "commits": 0,
+                    "last_step": None,
+                    "checkpoint": None,
+                }
+                lease = _create(runs, name, fresh, dims, groups, probe, dtype, dict(attributes or {}))
+                directory = Directory(runs.path / name)
+                return cls(directory, lease, read_run(directory.path))._reserve(capacity)
+        directory = Directory(runs.path / name)
+        lease = directory.lease(LEASE, _holder())
+        try:
+            directory.sweep()
+            run = read_run(directory.path)
+            if run.attrs["seed_digest"] != seed.hex():
+                raise InputError(
+                    f"run {run_id} in {root} was recorded on other data: write to another root, "
+                    f"or remove {directory.path}"
+                )
+            writer = cls(directory, lease, run)._restore_tails(run)
+            return writer if writer.status in FINAL else writer._reserve(capacity)
+        except BaseException:
+            lease.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def attrs(self) -> Document:
+        """Root attributes as of the last commit."""
+        return self._attrs
+
+    @property
+    def status(self) -> str:
+        """Committed status: running, complete or diverged."""
+        return self._attrs["status"]
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the newest committed row."""
+        return self._attrs["last_step"]
+
+    @property
+    def pending_bytes(self) -> int:
+        """Memory that uncommitted rows hold."""
+        return sum(np.asarray(v).nbytes for rows in self._pending.values() for row in rows for v in row.values())
+
+    def checkpoint(self) -> bytes | None:
+        """The checkpoint of the last commit.
+
+        Raises:
+            DamagedStore: if it is not the one that was committed.
+        """
+        entry = self._attrs["checkpoint"]
+        if entry is None:
+            return None
+        data = self.directory.get(entry["name"])
+        if blake(data).hex() != entry["digest"]:
+            raise DamagedStore(f"{self.directory.path / entry['name']} is not the checkpoint that was committed")
+        return data
+
+    def append(self, step: int, rows: Mapping[str, Row]) -> None:
+        """Add one row to each of the groups given; they become visible with the next commit.
+
+        Raises:
+            ValueError: if a value has another shape than planned, or is not finite.
+        """
+        for group in sorted(rows):
+            row = {}
+            for array in self._arrays[group][:-1]:
+                value = np.asarray(rows[group][array.variable.name]).astype(array.dtype, copy=False)
+                if value.shape != array.row_shape:
+                    raise ValueError(f"{array.name} at step {step}: shape {value.shape}, planned {array.row_shape}")
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise ValueError(f"{array.name} at step {step} is not finite")
+                row[array.variable.name] = value
+            digest = row_digest(group, self._variables[group], row)
+            self._head = blake(self._head, digest)
+            self._pending[group].append({**row, "digest": np.frombuffer(digest, np.uint8)})
+        self._attrs["last_step"] = step
+
+    def commit(self, checkpoint: bytes) -> None:
+        """Publish all pending rows together with the checkpoint that continues after them."""
+        for group, rows in self._pending.items():
+            if self._lengths[group] + len(rows) > self._capacity[group]:
+                self._reserve({group: 2 * (self._lengths[group] + len(rows))})
+            for array in self._arrays[group]:
+                for key, data in array.chunk_files(self._lengths[group], [row[array.variable.name] for row in rows]):
+                    self.directory.put(key, data)
+        # Two names in turn: the checkpoint of the last commit must stay until the next record is out.
+        name = f"checkpoint-{self._attrs['commits'] % 2}.safetensors"
+        self.directory.put(name, checkpoint)
+        for group, rows in self._pending.items():
+            self._lengths[group] += len(rows)
+            rows.clear()
+        self._attrs["commits"] += 1
+        self._attrs["checkpoint"] = {"name": name, "digest": blake(checkpoint).hex()}
+        self._publish()
+        self.heartbeat("running")
+
+    def finish(self, status: str, reason: str) -> None:
+        """Close the run with its final status; everything pending must be committed. Repeatable."""
+        self._set_capacity(dict(self._lengths))
+        self._attrs |= {"status": status, "stop_reason": reason}
+        self._publish()
+        self.heartbeat(status)
+
+    def reopen(self, capacity: Mapping[str, int]) -> None:
+        """Take up a finished run again: its study now asks for more steps or a smaller loss."""
+        self._attrs |= {"status": "running", "stop_reason": None}
+        self._reserve({group: self._lengths[group] + rows for group, rows in capacity.items()})
+
+    def note(self, **attrs: Any) -> None:
+        """Set further root attributes; they are published with the next commit."""
+        self._attrs |= attrs
+
+    def heartbeat(self, status: str, **facts: Any) -> None:
+        """Say how the run stands, for `status` and progress bars; also a witness of the last commit."""
+        beat = {
+            "run": self._attrs["run"],
+            "status": status,
+            "last_step": self._attrs["last_step"],
+            "commits": self._attrs["commits"],
+            "head": self._attrs["head"],
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "elapsed": time.monotonic() - self._started,
+            **facts,
+        }
+        self.directory.put(HEARTBEAT, zarr3.to_json(beat), durable=False)
+
+    def close(self) -> None:
+        """Give the run back to whoever wants to write it; rows that were not committed are lost."""
+        self._lease.release()
+
+    def _publish(self) -> None:
+        """Make the data durable, then replace the commit record, then the copies for readers of single groups."""
+        self._attrs["head"] = self._head.hex()
+        self.directory.sync()
+        root, groups = _documents(self._attrs, self._arrays, self._lengths, self._static)
+        self.directory.put(RECORD, zarr3.to_json(root))
+        self.directory.sync()
+        for group, document in groups.items():
+            self.directory.put(f"{group}/{RECORD}", zarr3.to_json(document))
+        self.directory.sync()
+
+    def _reserve(self, capacity: Mapping[str, int]) -> Self:
+        """Plan for at least so many rows; the committed length is all that readers see."""
+        self._set_capacity({group: rows for group, rows in capacity.items() if rows > self._capacity[group]})
+        return self
+
+    def _set_capacity(self, capacity: Mapping[str, int]) -> None:
+        for group, rows in capacity.items():
+            for array in self._arrays[group]:
+                self.directory.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(rows)))
+            self._capacity[group] = rows
+
+    def _restore_tails(self, run: Run) -> Self:
+        """Load the shared chunks that are not full, so that the next rows join those already committed."""
+        for group, arrays in self._arrays.items():
+            length = self._lengths[group]
+            for array in arrays:
+                per_chunk = array.variable.rows_per_chunk
+                if per_chunk is not None and length % per_chunk:
+                    start = length - length % per_chunk
+                    array.tail = zarr3.padded(run.read(array.name, start, length), array.chunks)
+        return self
+
+
+def _growing(group: str, variable: Variable, node: Document) -> _Array:
+    return _Array(group, variable, np.dtype(node["data_type"]), tuple(node["shape"][1:]), node["attributes"])
+
+
+def _documents(
+    attrs: Document,
+    arrays: Mapping[str, list[_Array]],
+    lengths: Mapping[str, int],
+    static: Mapping[str, Document],
+) -> tuple[Document, dict[str, Document]]:
+    """The root record and the record of each growing group, at the committed lengths."""
+    nodes = dict(static)
+    groups = {}
+    for group, members in arrays.items():
+        children = {array.variable.name: array.document(lengths[group]) for array in members}
+        groups[group] = zarr3.group_document({"last_step": attrs["last_step"]}, children)
+        nodes[group] = zarr3.group_document({})
+        nodes |= {f"{group}/{name}": document for name, document in children.items()}
+    root = zarr3.group_document({**attrs, "lengths": dict(lengths)}, nodes)
+    root["attributes"]["record"] = _record_digest(root)
+    return root, groups
+
+
+def _create(
+    runs: Directory,
+    name: str,
+    attrs: Document,
+    dims: Mapping[str, int],
+    groups: Mapping[str, Iterable[str]],
+    probe: Mapping[str, NDArray[Any]],
+    dtype: str,
+    attributes: Mapping[str, Document],
+) -> Lease:
+    """Build the empty run under a hidden name and rename it in.
+
+    The lease is taken in the hidden folder and travels with the rename, so a run is never visible without a writer
+    before its first commit.
+    """
+    hidden = Directory(runs.path / f".new-{uuid.uuid4().hex}-{name}")
+    hidden.make()
+    lease = hidden.lease(LEASE, _holder())
+    arrays: dict[str, list[_Array]] = {}
+    for group, names in groups.items():
+        arrays[group] = []
+        for variable in schema.row_variables(group, names):
+            kind = np.dtype(dtype if variable.dtype == "model" else variable.dtype)
+            shape = tuple(16 if dim == "byte" else dims[dim] for dim in variable.dims[1:])
+            extra = attributes.get(f"{group}/{variable.name}", {})
+            node = {"data_type": kind.name, "shape": [0, *shape], "attributes": _attributes(variable, group) | extra}
+            arrays[group].append(_growing(group, variable, node))
+        for array in arrays[group]:
+            hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
+    children = {
+        name: _write_static(hidden, f"probe/{name}", schema.PROBE[name], values) for name, values in probe.items()
+    }
+    hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
+    static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
+    root, records = _documents(attrs, arrays, dict.fromkeys(groups, 0), static)
+    for group, document in records.items():
+        hidden.put(f"{group}/{RECORD}", zarr3.to_json(document))
+    hidden.put(RECORD, zarr3.to_json(root))
+    runs.publish(hidden, name)
+    return lease
+
+
+def _write_static(directory: Directory, name: str, variable: Variable, values: NDArray[Any]) -> Document:
+    features = values.ndim - len(variable.dims)
+    dims = variable.dims + (("feature",) if features == 1 else tuple(f"feature_{axis}" for axis in range(features)))
+    chunks = schema.chunk_shape(
+        Variable(**{**vars(variable), "rows_per_chunk": None}), (1, *values.shape), values.itemsize
+    )[1:]
+    document = zarr3.array_document(values.shape, values.dtype, chunks, dims, _attributes(variable, "probe"))
+    for index, block in zarr3.split(values, chunks):
+        directory.put(f"{name}/{zarr3.chunk_key(index)}", zarr3.encode(block))
+    directory.put(f"{name}/{RECORD}", zarr3.to_json(document))
+    return document
+
+
+def _attributes(variable: Variable, group: str) -> Document:
+    """CF attributes; `coordinates` makes xarray promote the per-row values that are not data of this group."""
+    attributes = {"units": variable.units, "long_name": variable.long_name, "description": variable.description}
+    rows = [name for name in schema.ROW if name != "step" and name not in schema.GROUPS.get(group, {})]
+    if variable.name not in schema.ROW and group != "probe":
+        attributes["coordinates"] = " ".join(rows)
+    return attributes
+
+
+def _holder() -> bytes:
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
