@@ -1,0 +1,366 @@
+"""The Recorder: measures a model's neural tangent kernel while it trains and commits the rows.
+
+It works in any training loop; the built-in one (`pipeline.train`) is a client like any other:
+
+    recorder = Recorder("stores/mine", model, Probe(x, y), identity={"model": "my net"}, learning_rate=0.1, seed=0,
+                        steps=1000, loss_levels=[0.1, 0.01])
+    with recorder:
+        for step in recorder:
+            loss = criterion(model(x), y)
+            recorder.record(step, loss=loss.item())
+            ...  # update the model
+
+`for step in recorder` starts at step 0, or at the last committed step with the model restored to it, and ends after
+`steps` updates or when the run has diverged. Recording a step that is committed already does nothing, so a loop that
+is killed and started again ends with the same rows.
+"""
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from pipeline import schema, zarr3
+from pipeline.cadence import Cadence
+from pipeline.errors import InputError
+from pipeline.kernels import empirical_ntk
+from pipeline.provenance import environment_changes, provenance
+from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, top_eigenvalue
+from pipeline.store import FINAL, Writer, blake
+
+HEARTBEAT_SECONDS = 1.0
+MEMORY_BUDGET = 256 * 2**20
+DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fixed examples on which kernels are taken.
+
+    Attributes:
+        input: x, shape (n, ...), on the model's device and in its dtype.
+        target: y, shape (n, c).
+        sample_index: rows of the dataset that these examples came from, shape (n,); 0, 1, ... by default.
+    """
+
+    input: Tensor
+    target: Tensor
+    sample_index: NDArray[np.int64] | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The probe as the store keeps it."""
+        index = np.arange(len(self.input)) if self.sample_index is None else self.sample_index
+        return {
+            "sample_index": index.astype(np.int64),
+            "input": self.input.numpy(force=True),
+            "target": self.target.numpy(force=True),
+        }
+
+
+@dataclass
+class _Checkpoint:
+    """What continues a run after a commit: the model and update state at `step`, and the lowest loss so far."""
+
+    step: int = 0
+    lowest_loss: float = math.inf
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        return save_tensors(self.tensors, {"step": str(self.step), "lowest_loss": self.lowest_loss.hex()})
+
+
+class Recorder:
+    """Measures a model on a probe at the steps of its cadences and commits the rows to one run of a store.
+
+    Args:
+        root: folder of the store; created if absent.
+        model: the network; any `nn.Module` that treats examples independently.
+        probe: the examples on which kernels are taken.
+        identity: JSON-able description of what determines the run's numbers.
+        learning_rate: step size η.
+        seed: seed of the run.
+        steps: updates planned; the row at this step closes the run.
+        run_id: name of the run; made from learning rate, seed and a hash of `identity` by default.
+        cadences: steps at which each of `snapshots`, `spectra` and `scalars` gets a row, beside the first step, the
+            last one and the loss levels.
+        loss_levels: every group gets a row at the first step with loss <= level.
+        eigenpairs: k, leading eigenpairs kept.
+        train: what `record` is told at every step, of `loss`, `accuracy` and `grad_norm`.
+        state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
+            were at the last commit is in `restored_state` after `with`.
+        attrs: further root attributes of the run (title, study, axes, family).
+        threads: threads that torch may use here, for the provenance.
+        commit_seconds: rows wait in memory for at most about this long.
+
+    Raises:
+        InputError: for a cadence of an unknown group, too many eigenpairs, or a run that holds other data.
+        RunLocked: on entering, if another process writes the run.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        model: nn.Module,
+        probe: Probe,
+        *,
+        identity: Mapping[str, Any],
+        learning_rate: float,
+        seed: int,
+        steps: int,
+        run_id: str | None = None,
+        cadences: Mapping[str, Cadence] = DEFAULT_CADENCES,
+        loss_levels: Sequence[float] = (),
+        eigenpairs: int = 20,
+        train: Sequence[str] = ("loss",),
+        state: Callable[[], Mapping[str, Tensor]] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+        threads: int | None = None,
+        commit_seconds: float = 5.0,
+    ) -> None:
+        unknown = set(cadences) - set(DEFAULT_CADENCES)
+        if unknown:
+            raise InputError(f"cadence of {min(unknown)!r}: groups are {', '.join(DEFAULT_CADENCES)}")
+        if not 1 <= eigenpairs <= len(probe.input):
+            raise InputError(f"eigenpairs = {eigenpairs}: must be from 1 to n = {len(probe.input)}")
+        self.model, self.probe, self.root, self.steps = model, probe, root, steps
+        self.identity = {**identity, "learning_rate": learning_rate, "seed": seed}
+        self.run_id = run_id or f"lr-{learning_rate!r}_seed-{seed}_{blake(zarr3.to_json(self.identity)).hex()[:8]}"
+        self.restored_state: dict[str, Tensor] = {}
+        self._row = {"learning_rate": learning_rate, "seed": seed}
+        self._cadences, self._levels, self._k = dict(cadences), tuple(loss_levels), eigenpairs
+        self._train = (*train, "wall_time")
+        self._state = state or dict
+        self._attrs = dict(attrs or {})
+        self._threads = threads or torch.get_num_threads()
+        self._commit_seconds = commit_seconds
+        self._checkpoint = _Checkpoint()
+        self._writer: Writer | None = None
+        self._n, self._c = probe.target.shape
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        parameters = dict(self.model.named_parameters())
+        dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+        arrays = self.probe.arrays()
+        now = provenance(
+            threads=self._threads,
+            device=str(self.probe.input.device),
+            dataset_digest=hashlib.blake2b(b"".join(a.tobytes() for a in arrays.values()), digest_size=16).hexdigest(),
+        )
+        p = sum(tensor.numel() for tensor in parameters.values())
+        names = {"names": list(parameters), "shapes": [list(tensor.shape) for tensor in parameters.values()]}
+        groups = {group: list(schema.GROUPS[group]) for group in self._cadences} | {"train": list(self._train)}
+        self._writer = Writer.open(
+            self.root,
+            self.run_id,
+            identity=self.identity,
+            attrs={
+                "title": self.run_id,
+                **self._row,
+                "axes": dict(self._row),
+                **self._attrs,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "loss_convention": "L = (1/2n) ||f - y||^2; the line of gradient descent is 2/learning_rate",
+                "provenance": now,
+                "environment_changes": [],
+            },
+            dims={"sample": self._n, "sample2": self._n, "output": self._c, "eig": self._k, "parameter_index": p},
+            groups=groups,
+            capacity=self._capacity(),
+            probe=arrays,
+            dtype=dtype,
+            attributes={"snapshots/parameter": names},
+        )
+        self._started = self._committed = self._beat = time.monotonic()
+        self._restore(now)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        writer = self._open_writer()
+        if not self.finished:
+            # Whatever happened, the model may be past the last row: only what is committed can be continued.
+            failed = kind is not None and issubclass(kind, Exception)
+            writer.heartbeat("failed" if failed else "interrupted", error=f"{kind.__name__}: {error}" if kind else None)
+        writer.close()
+        self._writer = None
+
+    def __iter__(self) -> Iterator[int]:
+        """Steps from where the run stands to `steps`; ends early when the run is finished."""
+        for step in range(self._checkpoint.step, self.steps + 1):
+            if self.finished:
+                return
+            yield step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete or diverged."""
+        return self._open_writer().status in FINAL
+
+    @property
+    def status(self) -> str:
+        """running, complete or diverged."""
+        return self._open_writer().status
+
+    @property
+    def last_step(self) -> int | None:
+        """Newest step that has a row."""
+        return self._open_writer().last_step
+
+    @property
+    def lowest_loss(self) -> float:
+        """Smallest loss recorded so far."""
+        return self._checkpoint.lowest_loss
+
+    def extend(self) -> None:
+        """Take up a complete run again, to go on to `steps`."""
+        self._open_writer().reopen(self._capacity())
+
+    def record(self, step: int, *, loss: float, last: bool = False, **train: float) -> bool:
+        """Measure the model as it is at `step`, before its update.
+
+        Args:
+            step: updates made so far.
+            loss: training loss L at this step.
+            last: this row closes the run (the loss is small enough).
+            train: the other values named by `train=` at construction.
+
+        Returns:
+            Whether to go on: False once the run is complete or has diverged.
+        """
+        writer = self._open_writer()
+        if self.finished:
+            return False
+        last = last or step >= self.steps
+        if writer.last_step is None or step > writer.last_step:
+            rows = self._measure(step, loss, last, train)
+            if rows is None:
+                self._commit(step)
+                writer.finish("diverged", f"not finite at step {step}")
+                return False
+            writer.append(step, rows)
+        self._checkpoint.lowest_loss = min(self._checkpoint.lowest_loss, loss)
+        now = time.monotonic()
+        if last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
+            self._commit(step)
+        elif now - self._beat > HEARTBEAT_SECONDS:
+            writer.heartbeat("running", loss=loss, steps=self.steps)
+            self._beat = now
+        if last:
+            writer.finish("complete", "steps" if step >= self.steps else "loss")
+        return not last
+
+    def interrupt(self, step: int) -> None:
+        """Commit everything up to `step`; to be called between `record(step, ...)` and the update that follows."""
+        self._commit(step)
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def _measure(self, step: int, loss: float, last: bool, train: Mapping[str, float]) -> dict[str, Any] | None:
+        """Rows of all groups that are due at `step`, or None if anything in them is not finite."""
+        row = {**self._row, "step": step, "loss": loss}
+        if not all(map(math.isfinite, (loss, *train.values()))):
+            return None
+        crossed = any(loss <= level < self._checkpoint.lowest_loss for level in self._levels)
+        always = step == 0 or last or crossed
+        due = {group for group, cadence in self._cadences.items() if always or cadence.due(step)}
+        rows = {"train": {**row, **train, "wall_time": time.monotonic() - self._started}}
+        try:
+            rows |= {group: {**row, **values} for group, values in self._kernel_rows(due).items()}
+        except NonFiniteKernel:
+            return None
+        return rows
+
+    def _kernel_rows(self, due: set[str]) -> dict[str, dict[str, Any]]:
+        """The variables of the groups `due`, from one kernel."""
+        if not due:
+            return {}
+        x, n = self.probe.input, self._n
+        if self._c == 1:
+            kernel = full = empirical_ntk(self.model, x).numpy(force=True)
+        else:
+            blocks = empirical_ntk(self.model, x, outputs="full")
+            kernel = torch.einsum("abcc->ab", blocks).numpy(force=True)
+            full = as_matrix(blocks).numpy(force=True)
+        if not np.isfinite(kernel).all():
+            raise NonFiniteKernel(f"the kernel of {self.run_id} is not finite")
+        values: dict[str, Any] = {}
+        if due & {"spectra", "snapshots"}:
+            values["eigenvalue"], values["eigenvector"] = eigenpairs(kernel, self._k)
+            with torch.no_grad():
+                values["prediction"] = self.model(x).numpy(force=True)
+        if due & {"scalars", "snapshots"}:
+            target = self.probe.target.numpy(force=True).astype(np.float64)
+            top = values["eigenvalue"][0] if self._c == 1 and "eigenvalue" in values else top_eigenvalue(full)
+            values["ntk_sharpness"] = top / n
+            values["frobenius_norm"] = np.linalg.norm(kernel)
+            values["trace"] = np.trace(kernel)
+            values["target_energy"] = np.einsum("nc,nc->", target, kernel @ target)
+        if "snapshots" in due:
+            values["ntk"] = kernel
+            flat = [tensor.detach().reshape(-1) for tensor in self.model.parameters()]
+            values["parameter"] = torch.cat(flat).numpy(force=True)
+        return {group: {name: values[name] for name in schema.GROUPS[group]} for group in due}
+
+    # --- committing and resuming ------------------------------------------------------------------------------------
+
+    def _open_writer(self) -> Writer:
+        if self._writer is None:
+            raise InputError("this Recorder is not open: use it as `with recorder: ...`")
+        return self._writer
+
+    def _capacity(self) -> dict[str, int]:
+        """Rows planned per group: its cadence, one per loss level, one to close the run."""
+        extra = len(self._levels) + 1
+        planned = {group: len(cadence.steps(self.steps)) + extra for group, cadence in self._cadences.items()}
+        return planned | {"train": self.steps + 1 + extra}
+
+    def _commit(self, step: int) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
+        self._checkpoint.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._checkpoint.step = step
+        self._open_writer().commit(self._checkpoint.to_bytes())
+        self._committed = self._beat = time.monotonic()
+
+    def _restore(self, now: dict[str, Any]) -> None:
+        """Put model and state back to the last commit, and say so if the environment is another one."""
+        writer = self._open_writer()
+        data = writer.checkpoint()
+        if data is None:
+            return
+        tensors = load_tensors(data)
+        metadata = _metadata(data)
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        self.model.load_state_dict(model)
+        self.restored_state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+        self._checkpoint.step = int(metadata["step"])
+        self._checkpoint.lowest_loss = float.fromhex(metadata["lowest_loss"])
+        changes = environment_changes(writer.attrs["provenance"], now)
+        if changes and not self.finished:
+            warnings.warn(
+                f"{self.run_id} goes on in another environment ({'; '.join(changes)}): equal bits are not promised",
+                stacklevel=3,
+            )
+            writer.note(environment_changes=[*writer.attrs["environment_changes"], *changes])
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The `__metadata__` of safetensors bytes: a little-endian length, then a JSON header."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size])["__metadata__"]

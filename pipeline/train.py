@@ -1,0 +1,112 @@
+"""The built-in training loop: one run of a study, from its data to its last row.
+
+    θ_{t+1} = rule(θ_t, ∇L(θ_t), η)
+
+Each step measures the model before it moves it, so the row of step t describes θ_t.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from pipeline.config import Imported, RunConfig
+from pipeline.data import load_data
+from pipeline.errors import InputError
+from pipeline.losses import LOSSES, accuracy
+from pipeline.models import build_model, import_model
+from pipeline.optim import UPDATES
+from pipeline.record import Probe, Recorder
+
+
+def train(
+    run: RunConfig,
+    root: str,
+    *,
+    attrs: Mapping[str, Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Train one run and record it; resume it, continue it or leave it alone, by what its store holds.
+
+    Args:
+        run: one point of a study's grid.
+        root: folder of the store.
+        attrs: further root attributes of the run (title, study).
+        should_stop: asked after each step; True commits what there is and returns.
+
+    Returns:
+        complete, diverged or interrupted.
+
+    Raises:
+        InputError: if the device is not there, or the data or the model cannot be used.
+        RunLocked: if another process writes the run.
+    """
+    device, dtype = _device(run.compute.device), getattr(torch, run.compute.dtype)
+    torch.set_num_threads(run.compute.threads)
+    torch.use_deterministic_algorithms(True)
+    with threadpool_limits(run.compute.threads):
+        data = load_data(run.data, run.seed)
+        x = torch.as_tensor(data.x, dtype=dtype, device=device)
+        y = torch.as_tensor(data.y, dtype=dtype, device=device)
+        build = import_model if isinstance(run.model, Imported) else build_model
+        model = build(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
+        parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
+        criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
+        state = rule.init(parameters)
+        recorder = Recorder(
+            root,
+            model,
+            Probe(x, y, data.sample_index),
+            identity=run.identity(),
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            steps=run.stop.steps,
+            run_id=run.run_id,
+            cadences={name: getattr(run.record, name) for name in ("snapshots", "spectra", "scalars")},
+            loss_levels=run.record.loss_levels,
+            eigenpairs=run.record.eigenpairs,
+            train=("loss", "accuracy", "grad_norm") if data.labels else ("loss", "grad_norm"),
+            state=lambda: state,
+            attrs={"axes": run.axes, "family": run.family, **(attrs or {})},
+            threads=run.compute.threads,
+            commit_seconds=run.compute.commit_seconds,
+        )
+        goal = -math.inf if run.stop.loss is None else run.stop.loss
+        with recorder:
+            if recorder.status == "complete" and recorder.lowest_loss >= goal and recorder.last_step < run.stop.steps:
+                recorder.extend()
+            state |= {name: tensor.to(device) for name, tensor in recorder.restored_state.items()}
+            for step in recorder:
+                prediction = model(x)
+                loss = criterion(prediction, y)
+                gradients = torch.autograd.grad(loss, parameters)
+                measured = {"grad_norm": _norm(gradients)}
+                if data.labels:
+                    measured["accuracy"] = accuracy(prediction.detach(), y)
+                value = loss.item()
+                if not recorder.record(step, loss=value, last=value < goal, **measured):
+                    break
+                if should_stop():
+                    recorder.interrupt(step)
+                    return "interrupted"
+                moved, state = rule.step(parameters, gradients, state, run.learning_rate)
+                with torch.no_grad():
+                    for parameter, new in zip(parameters, moved, strict=True):
+                        parameter.copy_(new)
+            return recorder.status
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device.type]:
+        raise InputError(f"compute.device = {name!r}: torch finds no such device here; use 'cpu'")
+    return device
+
+
+def _norm(gradients: Iterable[Tensor]) -> float:
+    """‖∇L‖₂ over all parameters, accumulated in float64."""
+    return math.sqrt(sum(torch.linalg.vector_norm(g, dtype=torch.float64).item() ** 2 for g in gradients))
