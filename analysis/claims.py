@@ -5,16 +5,11 @@ of a rule after that is listed with the claim and in the report.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-
-from analysis import catalog
-from pipeline.errors import InputError
-from pipeline.store import list_runs
 
 MIN_SEEDS = 3
 
@@ -55,50 +50,6 @@ class Claim:
     sql: str
     judge: Callable[[pd.DataFrame], Verdict]
     changes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A claim with its verdict on one store."""
-
-    claim: Claim
-    verdict: Verdict
-    sql: str
-    level: float
-
-
-def matched_level(root: str | os.PathLike[str]) -> float:
-    """The loss at which the runs of a store are compared: the smallest loss level that all of them recorded.
-
-    Raises:
-        InputError: if the runs share no loss level.
-    """
-    recorded = [set(run.attrs["identity"].get("record", {}).get("loss_levels", ())) for run in list_runs(root)]
-    common = set.intersection(*recorded) if recorded else set()
-    if not common:
-        raise InputError(f"runs of {root} share no loss level; set record.loss_levels in the study to compare them")
-    return min(common)
-
-
-def judge(root: str | os.PathLike[str], claims: Iterable[Claim]) -> list[Judgement]:
-    """Judge claims on the numbers of a store.
-
-    Args:
-        root: folder of the store; its catalogue is brought up to date first.
-        claims: what to judge.
-    """
-    chosen = list(claims)
-    if not chosen:
-        return []
-    level = matched_level(root)
-    catalog.sync(root)
-    judgements = []
-    for claim in chosen:
-        sql = claim.sql.replace("{level}", repr(level))
-        table = catalog.query(root, sql, sync=False)
-        frame = pd.DataFrame(table.rows, columns=table.columns)
-        judgements.append(Judgement(claim, claim.judge(frame), sql, level))
-    return judgements
 
 
 def too_few(frame: pd.DataFrame, by: str = "learning_rate") -> str | None:

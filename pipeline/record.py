@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from pipeline import schema, zarr3
 from pipeline.cadence import Cadence
 from pipeline.errors import InputError
-from pipeline.kernels import empirical_ntk
+from pipeline.kernels import NTK
 from pipeline.provenance import environment_changes, provenance
 from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, top_eigenvalue
-from pipeline.store import FINAL, Writer, blake
+from pipeline.store import FINAL, NonFiniteRow, Writer, blake
 
 HEARTBEAT_SECONDS = 1.0
 MEMORY_BUDGET = 256 * 2**20
@@ -149,6 +149,7 @@ class Recorder:
         self._checkpoint = _Checkpoint()
         self._writer: Writer | None = None
         self._n, self._c = probe.target.shape
+        self._ntk = NTK(probe.input, outputs="trace" if self._c == 1 else "full")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -248,12 +249,12 @@ class Recorder:
             return False
         last = last or step >= self.steps
         if writer.last_step is None or step > writer.last_step:
-            rows = self._measure(step, loss, last, train)
-            if rows is None:
+            try:
+                writer.append(step, self._measure(step, loss, last, train))
+            except (NonFiniteKernel, NonFiniteRow) as error:
                 self._commit(step)
-                writer.finish("diverged", f"not finite at step {step}")
+                writer.finish("diverged", str(error))
                 return False
-            writer.append(step, rows)
         self._checkpoint.lowest_loss = min(self._checkpoint.lowest_loss, loss)
         now = time.monotonic()
         if last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
@@ -271,34 +272,24 @@ class Recorder:
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
-    def _measure(self, step: int, loss: float, last: bool, train: Mapping[str, float]) -> dict[str, Any] | None:
-        """Rows of all groups that are due at `step`, or None if anything in them is not finite."""
+    def _measure(self, step: int, loss: float, last: bool, train: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        """Rows of all groups that are due at `step`."""
         row = {**self._row, "step": step, "loss": loss}
-        if not all(map(math.isfinite, (loss, *train.values()))):
-            return None
+        if not math.isfinite(loss):
+            raise NonFiniteRow(f"loss at step {step} is {loss}")
         crossed = any(loss <= level < self._checkpoint.lowest_loss for level in self._levels)
         always = step == 0 or last or crossed
         due = {group for group, cadence in self._cadences.items() if always or cadence.due(step)}
         rows = {"train": {**row, **train, "wall_time": time.monotonic() - self._started}}
-        try:
-            rows |= {group: {**row, **values} for group, values in self._kernel_rows(due).items()}
-        except NonFiniteKernel:
-            return None
-        return rows
+        return rows | {group: {**row, **values} for group, values in self._kernel_rows(due).items()}
 
     def _kernel_rows(self, due: set[str]) -> dict[str, dict[str, Any]]:
         """The variables of the groups `due`, from one kernel."""
         if not due:
             return {}
         x, n = self.probe.input, self._n
-        if self._c == 1:
-            kernel = full = empirical_ntk(self.model, x).numpy(force=True)
-        else:
-            blocks = empirical_ntk(self.model, x, outputs="full")
-            kernel = torch.einsum("abcc->ab", blocks).numpy(force=True)
-            full = as_matrix(blocks).numpy(force=True)
-        if not np.isfinite(kernel).all():
-            raise NonFiniteKernel(f"the kernel of {self.run_id} is not finite")
+        measured = self._ntk(self.model).numpy(force=True)
+        kernel = measured if self._c == 1 else np.einsum("abcc->ab", measured)
         values: dict[str, Any] = {}
         if due & {"spectra", "snapshots"}:
             values["eigenvalue"], values["eigenvector"] = eigenpairs(kernel, self._k)
@@ -306,11 +297,14 @@ class Recorder:
                 values["prediction"] = self.model(x).numpy(force=True)
         if due & {"scalars", "snapshots"}:
             target = self.probe.target.numpy(force=True).astype(np.float64)
+            full = kernel if self._c == 1 else as_matrix(measured)
             top = values["eigenvalue"][0] if self._c == 1 and "eigenvalue" in values else top_eigenvalue(full)
             values["ntk_sharpness"] = top / n
-            values["frobenius_norm"] = np.linalg.norm(kernel)
-            values["trace"] = np.trace(kernel)
-            values["target_energy"] = np.einsum("nc,nc->", target, kernel @ target)
+            # Sums over a kernel that is about to diverge may overflow: the row is then refused as not finite.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values["frobenius_norm"] = np.linalg.norm(kernel)
+                values["trace"] = np.trace(kernel)
+                values["target_energy"] = np.einsum("nc,nc->", target, kernel @ target)
         if "snapshots" in due:
             values["ntk"] = kernel
             flat = [tensor.detach().reshape(-1) for tensor in self.model.parameters()]

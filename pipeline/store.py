@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
 from pipeline.disk import Directory, Lease
-from pipeline.errors import DamagedStore, InputError, MissingError
+from pipeline.errors import DamagedStore, InputError, MissingError, NtkEosError
 from pipeline.schema import Variable
 from pipeline.zarr3 import Document
 
@@ -41,6 +41,10 @@ FINAL = ("complete", "diverged")
 RECORD_LIMIT = 64 * 2**20
 
 Row = Mapping[str, Any]
+
+
+class NonFiniteRow(NtkEosError):
+    """A row holds NaN or infinity, as those of a diverged run do; it is not stored."""
 
 
 def blake(*parts: bytes) -> bytes:
@@ -82,6 +86,35 @@ def runs_directory(root: str | os.PathLike[str]) -> Directory:
     return Directory(Path(root, RUNS))
 
 
+def open_root(root: str | os.PathLike[str]) -> Directory:
+    """The `runs/` folder of a store that may be created.
+
+    Raises:
+        InputError: if the folder cannot be written, or holds something else than a store.
+    """
+    path = Path(root)
+    if path.is_dir() and not (path / RUNS).is_dir() and any(path.iterdir()):
+        raise InputError(f"{root} is not a store and not empty: choose a new folder, or one that `run --out` wrote")
+    runs = Directory(path / RUNS)
+    runs.make()
+    if not os.access(runs.path, os.W_OK | os.X_OK):
+        raise InputError(f"{runs.path} cannot be written; choose a folder you may write")
+    return runs
+
+
+def run_path(root: str | os.PathLike[str], run_id: str) -> Path:
+    """Where a run of a store lies."""
+    return Path(root, RUNS, run_id + SUFFIX)
+
+
+def heartbeat(path: Path) -> Document:
+    """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
+    try:
+        return json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
+    except (MissingError, InputError, ValueError):
+        return {}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run as its commit record describes it; the arrays are not opened.
@@ -117,10 +150,7 @@ class Run:
     @cached_property
     def heartbeat(self) -> Document:
         """What the writer last said of itself; empty if that file is gone or unreadable."""
-        try:
-            return json.loads(Directory(self.path).get(HEARTBEAT, limit=2**20))
-        except (MissingError, InputError, ValueError):
-            return {}
+        return heartbeat(self.path)
 
     @property
     def status(self) -> str:
@@ -219,7 +249,7 @@ def find_run(root: str | os.PathLike[str], run_id: str) -> Run:
     if len(matches) != 1:
         found = f"matches {', '.join(matches[:5])}" if matches else f"is not one of {', '.join(names[:5])} ..."
         raise MissingError(f"run {run_id!r} {found}; give a full name from `ntk-eos status {root}`")
-    return read_run(Path(root, RUNS, matches[0] + SUFFIX))
+    return read_run(run_path(root, matches[0]))
 
 
 def _record_digest(document: Document) -> str:
@@ -274,6 +304,10 @@ class Writer:
 
     Rows wait in memory until `commit`. Use `Writer.open`, which creates the run or takes it up where its last
     commit left it.
+
+    Attributes:
+        directory: the run's folder.
+        pending_bytes: memory that uncommitted rows hold.
     """
 
     def __init__(self, directory: Directory, lease: Lease, run: Run) -> None:
@@ -288,6 +322,7 @@ class Writer:
         self._capacity = dict.fromkeys(run.lengths, 0)
         self._pending: dict[str, list[Row]] = {group: [] for group in run.lengths}
         self._head = bytes.fromhex(run.head)
+        self.pending_bytes = 0
         self._started = time.monotonic()
         self._arrays: dict[str, list[_Array]] = {}
         self._variables: dict[str, list[Variable]] = {}
@@ -329,8 +364,7 @@ class Writer:
             InputError: if the root cannot be written, or the run holds other data under this name.
             RunLocked: if another process writes this run.
         """
-        runs = Directory(Path(root, RUNS))
-        runs.make()
+        runs = open_root(root)
         seed = chain_seed(identity, probe)
         name = run_id + SUFFIX
         with runs.lease(".lock", _holder(), wait=True):
@@ -392,11 +426,6 @@ class Writer:
         """Step of the newest committed row."""
         return self._attrs["last_step"]
 
-    @property
-    def pending_bytes(self) -> int:
-        """Memory that uncommitted rows hold."""
-        return sum(np.asarray(v).nbytes for rows in self._pending.values() for row in rows for v in row.values())
-
     def checkpoint(self) -> bytes | None:
         """The checkpoint of the last commit.
 
@@ -415,21 +444,29 @@ class Writer:
         """Add one row to each of the groups given; they become visible with the next commit.
 
         Raises:
-            ValueError: if a value has another shape than planned, or is not finite.
+            NonFiniteRow: if a value is not finite as it would be stored; nothing is added then.
+            ValueError: if a value has another shape than planned; nothing is added then.
         """
-        for group in sorted(rows):
-            row = {}
-            for array in self._arrays[group][:-1]:
-                value = np.asarray(rows[group][array.variable.name]).astype(array.dtype, copy=False)
-                if value.shape != array.row_shape:
-                    raise ValueError(f"{array.name} at step {step}: shape {value.shape}, planned {array.row_shape}")
-                if value.dtype.kind == "f" and not np.isfinite(value).all():
-                    raise ValueError(f"{array.name} at step {step} is not finite")
-                row[array.variable.name] = value
+        checked = {group: self._checked(group, step, rows[group]) for group in sorted(rows)}
+        for group, row in checked.items():
             digest = row_digest(group, self._variables[group], row)
             self._head = blake(self._head, digest)
             self._pending[group].append({**row, "digest": np.frombuffer(digest, np.uint8)})
+            self.pending_bytes += sum(value.nbytes for value in row.values())
         self._attrs["last_step"] = step
+
+    def _checked(self, group: str, step: int, row: Row) -> dict[str, NDArray[Any]]:
+        checked = {}
+        for array in self._arrays[group][:-1]:
+            # A kernel that is finite in float64 may not be in float32.
+            with np.errstate(over="ignore"):
+                value = np.asarray(row[array.variable.name]).astype(array.dtype, copy=False)
+            if value.shape != array.row_shape:
+                raise ValueError(f"{array.name} at step {step}: shape {value.shape}, planned {array.row_shape}")
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise NonFiniteRow(f"{array.name} at step {step} is not finite")
+            checked[array.variable.name] = value
+        return checked
 
     def commit(self, checkpoint: bytes) -> None:
         """Publish all pending rows together with the checkpoint that continues after them."""
@@ -445,6 +482,7 @@ class Writer:
         for group, rows in self._pending.items():
             self._lengths[group] += len(rows)
             rows.clear()
+        self.pending_bytes = 0
         self._attrs["commits"] += 1
         self._attrs["checkpoint"] = {"name": name, "digest": blake(checkpoint).hex()}
         self._publish()

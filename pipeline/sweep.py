@@ -28,7 +28,7 @@ class Outcome:
 
     Attributes:
         run_id: which run.
-        status: complete, diverged, interrupted, locked or failed.
+        status: complete, diverged, interrupted or failed.
         error: one line if it failed.
         detail: the traceback of a failure that has no one-line explanation.
         exit_code: what the command returns for this failure alone.
@@ -47,19 +47,19 @@ def sweep(
     *,
     attrs: Mapping[str, Any] | None = None,
     workers: int | None = None,
-    on_poll: Callable[[], None] = lambda: None,
+    on_poll: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Train all runs, as many at a time as fit on the cores, and yield how each ended.
 
-    SIGINT and SIGTERM let the runs commit what they have; the outcomes are then `interrupted`, and the next call
-    goes on from there.
+    A sweep that is asked to stop lets its runs commit what they have; their outcomes are then `interrupted`, and the
+    next call goes on from there.
 
     Args:
         runs: points of a study's grid.
         root: folder of the store.
         attrs: further root attributes of each run.
         workers: runs at a time; cores divided by the threads of a run by default.
-        on_poll: called about twice a second, for progress displays.
+        on_poll: called about twice a second, for progress displays; True asks the sweep to stop.
     """
     waiting = list(runs)
     if not waiting:
@@ -70,13 +70,13 @@ def sweep(
     stop = context.Event()
     with (
         _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-        _on_signal(stop.set),
         ProcessPoolExecutor(min(count, len(waiting)), context, _begin, (stop,)) as pool,
     ):
         pending: dict[Future[Outcome], str] = {pool.submit(_one, run, root, attrs): run.run_id for run in waiting}
         while pending:
             done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-            on_poll()
+            if on_poll():
+                stop.set()
             for future in done:
                 run_id = pending.pop(future)
                 error = future.exception()
@@ -130,21 +130,3 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _on_signal(action: Callable[[], None]) -> Iterator[None]:
-    """Answer the first SIGINT or SIGTERM with `action`, a second one as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, _frame: Any) -> None:
-        signal.signal(number, before[number])
-        action()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

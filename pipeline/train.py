@@ -13,11 +13,11 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pipeline.config import Imported, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data import load_data
 from pipeline.errors import InputError
 from pipeline.losses import LOSSES, accuracy
-from pipeline.models import build_model, import_model
+from pipeline.models import build_model
 from pipeline.optim import UPDATES
 from pipeline.record import Probe, Recorder
 
@@ -51,8 +51,7 @@ def train(
         data = load_data(run.data, run.seed)
         x = torch.as_tensor(data.x, dtype=dtype, device=device)
         y = torch.as_tensor(data.y, dtype=dtype, device=device)
-        build = import_model if isinstance(run.model, Imported) else build_model
-        model = build(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
+        model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
         parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
         criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
         state = rule.init(parameters)

@@ -1,0 +1,64 @@
+# Each target does its own set-up in .venv*; a machine needs only make and Python 3.11 or newer (make PYTHON=python3.12).
+PYTHON ?= python3
+VENVS := .venv .venv-analysis .venv-plain
+SMOKE := .venv-plain/smoke
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench constraints clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
+	  printf '  make %-12s %s\n' "$$target" "$$text"; done
+
+demo: .venv/.stamp ## train the digits study, judge its claims, write its report
+	@.venv/bin/ntk-eos demo
+
+# One BLAS thread: the runs of a sweep are the parallelism, and the last bits of a sum do not depend on the machine's cores.
+test bench: export OMP_NUM_THREADS = 1
+test bench: export OPENBLAS_NUM_THREADS = 1
+test bench: export MKL_NUM_THREADS = 1
+
+test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
+	@echo "test 1/3: everything"
+	@.venv/bin/pytest -q
+	@echo "test 2/3: the analysis, without torch"
+	@.venv-analysis/bin/pytest -q tests/analysis
+	@echo "test 3/3: reading a store with xarray, zarr and dask alone"
+	@rm -rf $(SMOKE)
+	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
+	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
+
+lint: .venv/.stamp ## style, docstrings and types
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+
+bench: .venv/.stamp ## costs as ratios, measured in one run
+	@.venv/bin/python tests/bench/run.py
+
+.venv/.stamp:          packages = -e '.[train,netcdf,distributed,dev]'
+.venv-analysis/.stamp: packages = -e . pytest hypothesis
+.venv-plain/.stamp:    packages = xarray zarr dask pytest
+
+$(VENVS:=/.stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11; try for example: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "$(@D): installing the pinned packages (minutes the first time)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(packages)
+	@touch $@
+
+# Run it on Python 3.11, whose newest releases install everywhere. The torch pin moves only by hand: another build gives
+# other bits. A local version such as +cpu names one machine's build, so pins leave it out.
+constraints: ## pin the newest releases that pyproject.toml allows (torch stays)
+	@rm -rf .venv-pins
+	@$(PYTHON) -m venv .venv-pins
+	@grep '^torch==' constraints.txt > .venv-pins/torch.txt
+	@.venv-pins/bin/python -m pip install -qq --disable-pip-version-check -c .venv-pins/torch.txt \
+	  -e '.[train,netcdf,distributed,dev]'
+	@echo "# What the tests pass with today; written by make constraints." > constraints.txt
+	@.venv-pins/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' >> constraints.txt
+	@rm -rf .venv-pins
+
+clean: ## remove environments and caches; stores and downloads stay
+	@rm -rf $(VENVS) .venv-pins .pytest_cache .ruff_cache .mypy_cache .hypothesis dist

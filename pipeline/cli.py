@@ -1,0 +1,469 @@
+"""The `ntk-eos` command: parses, calls the library, prints. Nothing heavy is imported before a command needs it.
+
+Exit codes: 0 ok (a diverged run is ok), 1 failed or a claim failed, 2 usage or bad input, 3 some runs failed,
+4 not found, 5 locked by another writer, 130 and 143 interrupted (what was measured is saved).
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import console
+from pipeline.errors import NtkEosError
+
+if TYPE_CHECKING:
+    from analysis.judge import Judgement
+    from pipeline.config import RunConfig, Study
+    from pipeline.store import Run
+
+STORES = Path("data/stores")
+EXITS = """\b
+Exit codes: 0 ok, 1 failed or a claim failed, 2 usage or bad input, 3 some
+runs failed, 4 not found, 5 locked by another writer, 130/143 interrupted."""
+
+
+class Commands(click.Group):
+    """A group whose commands report errors of ours as one line with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command named on the command line."""
+        try:
+            return super().invoke(ctx)
+        except NtkEosError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order in which one meets them, not by letter."""
+        return list(self.commands)
+
+
+def example(*lines: str) -> str:
+    """The end of a help text."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _complete_root(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    stores = [p.name for p in STORES.glob("*") if p.is_dir() and p.name.startswith(incomplete)]
+    return [*map(CompletionItem, stores), CompletionItem(incomplete, type="dir")]
+
+
+def _complete_run(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    root = ctx.params.get("root")
+    if root is None:
+        return []
+    runs = Path(_existing_root(root), "runs").glob(f"{incomplete}*.zarr")
+    return sorted(path.name.removesuffix(".zarr") for path in runs)
+
+
+def _complete_study(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    from pipeline.config import shipped
+
+    return [
+        *map(CompletionItem, (s for s in shipped() if s.startswith(incomplete))),
+        CompletionItem(incomplete, type="file"),
+    ]
+
+
+def _existing_root(root: str) -> str:
+    """ROOT is a folder, or the name of a study whose store lies where `run` puts it by default."""
+    named = STORES / root
+    return str(named) if not Path(root).exists() and named.is_dir() else root
+
+
+def root_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """ROOT: the folder of a store."""
+    return click.argument("root", shell_complete=_complete_root, callback=lambda _c, _p, value: _existing_root(value))(
+        function
+    )
+
+
+def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """STUDY and what changes it, shared by `plan` and `run`."""
+    for option in (
+        click.option("--out", "root", metavar="ROOT", help="Folder of the store [default: data/stores/STUDY]."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the study."),
+        click.argument("study", shell_complete=_complete_study),
+    ):
+        function = option(function)
+    return function
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"{EXITS}\n\n{example('ntk-eos demo', 'ntk-eos sql digits')}",
+)
+@click.version_option(package_name="ntk-eos", prog_name="ntk-eos")
+def main() -> None:
+    """Train once, ask anything later: how neural tangent kernels evolve."""
+
+
+def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Study", str]:
+    from pipeline.config import load_study
+
+    loaded = load_study(study, overrides)
+    return loaded, root or str(STORES / loaded.name)
+
+
+@main.command(epilog=example("ntk-eos demo", "ntk-eos demo --out /tmp/digits"))
+@click.option("--out", "root", metavar="ROOT", help="Folder of the store [default: data/stores/digits].")
+@quiet_option
+@click.pass_context
+def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
+    """Train the digits study, judge its claims and write its report."""
+    study, root = _load("digits", (), root)
+    code = _train(study, root, None, quiet)
+    if code:
+        ctx.exit(code)
+    judgements = _judge(root, quiet)
+    _show_claims(judgements, as_json=False)
+    path = _write_report(root, None, quiet)
+    run = Path(root, "runs", f"{study.runs()[-1].run_id}.zarr")
+    click.echo(f"""
+report: {path}
+
+Next, ask the store (nothing is retrained):
+
+  ntk-eos sql {root} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) where loss <= 0.001 group by 1 order by 1"
+  python -c "import xarray as xr; print(xr.open_datatree('{run}'))"
+  python -c "import analysis; print(analysis.at_loss(analysis.alignment(analysis.open_sweep('{root}')), 0.01).kta.values)"
+""")
+    ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
+
+
+@main.command(epilog=example("ntk-eos plan digits", "ntk-eos plan digits --set learning_rate=[0.1,0.2] --json"))
+@study_options
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time, for the time estimate.")
+@json_option
+@quiet_option
+def plan(
+    study: str, overrides: Sequence[str], root: str | None, workers: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Show what `run` would do: the grid, rows, bytes, and the time it takes at most."""
+    from pipeline.plan import plan_study
+
+    loaded, root = _load(study, overrides, root)
+    with console.Progress("timing a few steps", quiet):
+        planned = plan_study(loaded, root, workers)
+    console.show([run.as_row() for run in planned.runs], as_json=as_json)
+    click.echo(planned.summary(), err=True)
+
+
+@main.command(
+    epilog=example("ntk-eos run digits", "ntk-eos run my_study.toml --out stores/mine --set seed=[0,1] --workers 2")
+)
+@study_options
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
+@click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@quiet_option
+@click.pass_context
+def run(
+    ctx: click.Context,
+    study: str,
+    overrides: Sequence[str],
+    root: str | None,
+    workers: int | None,
+    allow_imports: bool,
+    quiet: bool,
+) -> None:
+    """Train every run of STUDY that is not finished, and record it.
+
+    The same command again resumes what was interrupted and does nothing for what is complete.
+    """
+    from pipeline.config import check_imports_allowed
+
+    loaded, root = _load(study, overrides, root)
+    check_imports_allowed(loaded, allow_imports)
+    ctx.exit(_train(loaded, root, workers, quiet))
+
+
+def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
+    """Train what is unfinished; returns the exit code."""
+    from pipeline.plan import plan_runs
+    from pipeline.store import FINAL, open_root
+    from pipeline.sweep import sweep
+
+    runs = study.runs()
+    plan_runs(runs)  # refuses data that cannot be used before anything is written
+    open_root(root)
+    attrs = {"title": study.title, "study": study.name, "paper": study.paper, "claims": list(study.claims)}
+    outcomes = []
+    with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
+        watch = _Watch(runs, root, progress)
+
+        def poll() -> bool:
+            watch.update()
+            return signals.caught is not None
+
+        for outcome in sweep(runs, root, attrs=attrs, workers=workers, on_poll=poll):
+            outcomes.append(outcome)
+            watch.ended(outcome.run_id)
+            if outcome.error:
+                progress.say(f"{outcome.run_id}: {outcome.error}")
+            if outcome.detail:
+                progress.say(outcome.detail)
+    if signals.caught is not None:
+        click.echo(f"interrupted; what was measured is saved in {root}, the same command goes on from there", err=True)
+        return 128 + signals.caught
+    failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
+    if not failed:
+        return 0
+    return 3 if len(failed) < len(runs) else failed[0].exit_code
+
+
+class _Signals:
+    """While open, the first SIGINT or SIGTERM is remembered; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        signal.signal(number, self._before[number])
+        self.caught = number
+
+
+class _Watch:
+    """How far a sweep is, from the heartbeats of its runs."""
+
+    def __init__(self, runs: Sequence["RunConfig"], root: str, progress: console.Progress) -> None:
+        self._runs = {run.run_id: run for run in runs}
+        self._root, self._progress = Path(root), progress
+        self._done: set[str] = set()
+
+    def ended(self, run_id: str) -> None:
+        """Count a run as done."""
+        self._done.add(run_id)
+
+    def update(self) -> None:
+        """Show the share of the work done, and the newest step of a run that is under way."""
+        from pipeline.store import heartbeat, run_path
+
+        share, note = float(len(self._done)), ""
+        for run_id in self._runs.keys() - self._done:
+            beat = heartbeat(run_path(self._root, run_id))
+            if beat.get("status") == "running":
+                share += self._share(self._runs[run_id], beat)
+                note = f"{run_id} at step {beat['last_step']}" + (
+                    f", loss {beat['loss']:.2g}" if "loss" in beat else ""
+                )
+        self._progress.update(share / len(self._runs), f"{len(self._done)}/{len(self._runs)} runs done, {note}")
+
+    @staticmethod
+    def _share(run: "RunConfig", beat: dict[str, Any]) -> float:
+        """Steps made of those planned, or the way of log L to the goal, whichever is further."""
+        by_steps = (beat.get("last_step") or 0) / run.stop.steps
+        if run.stop.loss is None or not 0 < beat.get("loss", 0) < 1:
+            return by_steps
+        return min(0.99, max(by_steps, math.log(beat["loss"]) / math.log(min(run.stop.loss, 0.5))))
+
+
+@main.command(epilog=example("ntk-eos status digits", "ntk-eos status data/stores/digits --watch"))
+@root_argument
+@click.option("--watch", is_flag=True, help="Show it again every two seconds until nothing is running.")
+@json_option
+def status(root: str, watch: bool, as_json: bool) -> None:
+    """List the runs of a store and how each stands."""
+    from pipeline.store import list_runs
+
+    while True:
+        rows = [_status_row(run) for run in list_runs(root)]
+        console.show(rows, as_json=as_json, empty=f"{root} has no runs")
+        if not watch or not any(row["status"] == "running" for row in rows):
+            return
+        time.sleep(2)
+        click.echo()
+
+
+def _status_row(run: "Run") -> dict[str, Any]:
+    beat = run.heartbeat
+    return {
+        "run": run.run_id,
+        "status": run.status,
+        "step": run.attrs["last_step"],
+        **{f"{group}_rows": rows for group, rows in run.lengths.items()},
+        "commits": run.attrs["commits"],
+        "seconds": beat.get("elapsed"),
+        "error": beat.get("error"),
+        "head": run.head,
+    }
+
+
+@main.command(epilog=example("ntk-eos analyze digits", "ntk-eos analyze stores/mine --json"))
+@root_argument
+@json_option
+@quiet_option
+def analyze(root: str, as_json: bool, quiet: bool) -> None:
+    """Compute what is derived from the runs and is not up to date, and sync the catalogue."""
+    console.show(_analyze(root, quiet), as_json=as_json, empty=f"{root} has no rows to analyse")
+
+
+def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
+    from analysis import catalog, results
+
+    with console.Progress(f"analysing {root}", quiet) as progress:
+        summary = results.analyze(root, progress=progress.update)
+        catalog.sync(root)
+    return summary
+
+
+@main.command(epilog=example('ntk-eos sql digits "select learning_rate, count(*) from runs group by 1"'))
+@root_argument
+@click.argument("query")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@json_option
+def sql(root: str, query: str, as_csv: bool, as_json: bool) -> None:
+    """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
+    from analysis import catalog
+
+    table = catalog.query(root, query)
+    if as_csv:
+        import csv
+
+        writer = csv.writer(sys.stdout)
+        writer.writerow(table.columns)
+        writer.writerows(table.rows)
+    else:
+        console.show([dict(zip(table.columns, row, strict=True)) for row in table.rows], as_json=as_json)
+
+
+@main.command(epilog=example("ntk-eos plot digits kta --x time", "ntk-eos plot digits --out figures --format svg"))
+@root_argument
+@click.argument("figures", nargs=-1)
+@click.option("--x", type=click.Choice(["step", "time", "loss"]), default="step", show_default=True,
+              help="Horizontal axis; time is step times learning rate.")  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False), help="Folder [default: ROOT/figures].")
+@click.option("--format", "formats", multiple=True, type=click.Choice(["png", "svg"]), default=("png", "svg"),
+              show_default=True)  # fmt: skip
+@json_option
+@quiet_option
+def plot(
+    root: str, figures: Sequence[str], x: str, out: str | None, formats: Sequence[str], as_json: bool, quiet: bool
+) -> None:
+    """Draw the figures of a study (all of them by default) and print their paths."""
+    from analysis import plots
+
+    _analyze(root, quiet)
+    paths = plots.draw_figures(root, figures, x=x, folder=out or str(Path(root, "figures")), formats=formats)
+    if as_json:
+        console.show([{"path": str(path)} for path in paths], as_json=True)
+    else:
+        for path in paths:
+            click.echo(path)
+
+
+@main.command(epilog=example("ntk-eos report digits", "ntk-eos report digits --out digits.html"))
+@root_argument
+@click.option("--out", type=click.Path(dir_okay=False), help="File [default: ROOT/report.html].")
+@quiet_option
+def report(root: str, out: str | None, quiet: bool) -> None:
+    """Write one self-contained HTML page with figures, claims, runs and provenance; print its path."""
+    _analyze(root, quiet)
+    click.echo(_write_report(root, out, quiet))
+
+
+def _write_report(root: str, out: str | None, quiet: bool) -> Path:
+    from analysis.report import write_report
+
+    with console.Progress("writing the report", quiet) as progress:
+        return write_report(root, out, progress=progress.update)
+
+
+@main.command(epilog=example("ntk-eos claims digits", "ntk-eos claims digits --json"))
+@root_argument
+@json_option
+@quiet_option
+@click.pass_context
+def claims(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
+    """Judge the claims of a study on its store; exit 1 if one failed."""
+    judgements = _judge(root, quiet)
+    _show_claims(judgements, as_json)
+    ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
+
+
+def _judge(root: str, quiet: bool) -> list["Judgement"]:
+    from analysis.judge import judge_store
+
+    _analyze(root, quiet)
+    return judge_store(root)
+
+
+def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
+    if as_json:
+        console.show([judgement.as_row() for judgement in judgements], as_json=True)
+        return
+    if not judgements:
+        click.echo("the studies of this store make no claims", err=True)
+    colour = console.coloured(sys.stdout)
+    for judgement in judgements:
+        verdict = judgement.verdict.verdict
+        click.echo(
+            click.style(verdict.ljust(13), fg=console.COLOURS[verdict], bold=True) + judgement.claim.name, color=colour
+        )
+        click.echo(f"             {judgement.claim.statement}")
+        click.echo(f"             measured: {judgement.verdict.value} ({judgement.verdict.runs} runs)")
+        click.echo(f"             rule: {judgement.claim.rule}")
+        for change in judgement.claim.changes:
+            click.echo(f"             rule changed: {change}")
+
+
+@main.command(epilog=example("ntk-eos verify digits --deep", "ntk-eos verify digits lr-0.1_seed-0 --json"))
+@root_argument
+@click.argument("run_ids", nargs=-1, shell_complete=_complete_run)
+@click.option("--deep", is_flag=True, help="Recompute every digest from the bytes on disk.")
+@json_option
+@quiet_option
+@click.pass_context
+def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as_json: bool, quiet: bool) -> None:
+    """Check that a store holds what was committed; exit 1 if anything is damaged."""
+    from pipeline.verify import verify_root
+
+    with console.Progress(f"verifying {root}", quiet) as progress:
+        problems = verify_root(root, run_ids, deep=deep, progress=progress.update)
+    console.show([vars(problem) for problem in problems], as_json=as_json, empty=f"{root}: nothing wrong was found")
+    ctx.exit(any(problem.damage for problem in problems))
+
+
+@main.command(
+    epilog=example("ntk-eos export digits --format csv --out tables", "ntk-eos export digits --format netcdf --out nc")
+)
+@root_argument
+@click.option("--format", "kind", type=click.Choice(["netcdf", "parquet", "csv"]), required=True,
+              help="netcdf: one file per run; parquet, csv: one file per table of the catalogue.")  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder; created if absent.")
+@quiet_option
+def export(root: str, kind: str, out: str, quiet: bool) -> None:
+    """Copy a store into files for other tools and print their paths."""
+    from analysis.export import export_store
+
+    _analyze(root, quiet)
+    with console.Progress(f"exporting {root}", quiet) as progress:
+        for path in export_store(root, kind, out, progress=progress.update):
+            click.echo(path)

@@ -1,0 +1,50 @@
+"""What is minimised: a registry of losses on predictions and targets (n, c), and the accuracy beside them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Half the mean squared error, L = (1/2n) ‖f - y‖², summed over outputs.
+
+    Args:
+        prediction: f (n, c).
+        target: y (n, c).
+
+    Returns:
+        A scalar with a graph.
+
+    Raises:
+        InputError: if the shapes differ, which would broadcast in silence.
+
+    Source: Cohen et al. (2021), section 2 of the appendix, with the mean over examples.
+    """
+    _check_shapes(prediction, target)
+    return (prediction - target).square().sum() / (2 * len(target))
+
+
+def accuracy(prediction: Tensor, target: Tensor) -> float:
+    """Share of examples classified right: equal signs for one output, equal largest outputs for several.
+
+    Args:
+        prediction: f (n, c).
+        target: labels y (n, c), -1 and +1 or one-hot. An output of exactly 0 counts as wrong.
+    """
+    _check_shapes(prediction, target)
+    right = prediction * target > 0 if target.shape[1] == 1 else prediction.argmax(1) == target.argmax(1)
+    return float(torch.count_nonzero(right)) / len(target)
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape or target.ndim != 2:
+        shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
+        raise InputError(f"prediction and target have shapes {shapes}: both must be (examples, outputs)")
+
+
+LOSSES: dict[str, Loss] = {"mse": mse}

@@ -1,0 +1,183 @@
+"""Costs as ratios, each pair measured in turn within this run: `make bench`.
+
+A ratio of two medians taken side by side survives a busy machine; a single time does not. Threads are one per process
+throughout, as in a sweep.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
+import numpy as np
+import torch
+import xarray as xr
+
+from analysis import catalog, results
+from pipeline import schema
+from pipeline.config import RunConfig, load_study
+from pipeline.data import load_data
+from pipeline.losses import LOSSES
+from pipeline.models import build_model
+from pipeline.optim import UPDATES
+from pipeline.store import Writer
+from pipeline.train import train
+
+Row = tuple[str, str, str, str]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(repeats: int, *works: Callable[[], object]) -> list[float]:
+    """Median seconds of each, taken A B A B so that both meet the same noise."""
+    times = [[timed(work) for work in works] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def bare_training(run: RunConfig) -> None:
+    """The same gradient descent with nothing recorded."""
+    torch.set_num_threads(1)
+    data = load_data(run.data, run.seed)
+    x, y = (torch.as_tensor(array, dtype=torch.float32) for array in (data.x, data.y))
+    model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, torch.float32)
+    parameters, rule = list(model.parameters()), UPDATES[run.update.name]
+    state = rule.init(parameters)
+    for _ in range(run.stop.steps + 1):
+        loss = LOSSES[run.loss.name](model(x), y)
+        gradients = torch.autograd.grad(loss, parameters)
+        loss.item()
+        moved, state = rule.step(parameters, gradients, state, run.learning_rate)
+        with torch.no_grad():
+            for parameter, new in zip(parameters, moved, strict=True):
+                parameter.copy_(new)
+
+
+def fresh(folder: Path) -> str:
+    """An empty place for a store."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return str(folder)
+
+
+def recording(folder: Path, steps: int, repeats: int) -> Iterator[Row]:
+    """What recording adds to bare training, for the digits study as shipped and with sparser scalars."""
+    for label, more in (("as shipped", ()), ("scalars every 10", ("record.scalars={every=10}",))):
+        study = load_study("digits", ["learning_rate=0.1", "seed=0", f"stop.steps={steps}", "stop.loss=1e-9", *more])
+        (run,) = study.runs()
+        bare, recorded = in_turn(
+            repeats, lambda run=run: bare_training(run), lambda run=run: train(run, fresh(folder / "recording"))
+        )
+        yield (f"recording, digits {label}", f"{1e3 * recorded / steps:.2f} ms a step",
+               f"{1e3 * bare / steps:.2f} ms a bare step", f"{recorded / bare:.2f} x bare training")  # fmt: skip
+
+
+def analysing(folder: Path, steps: int, repeats: int) -> Iterator[Row]:
+    """Asking the store against training again, and bringing the catalogue up to date."""
+    rates = ["learning_rate=[0.1, 0.2, 0.3]", "seed=0", f"stop.steps={steps}", "stop.loss=1e-9"]
+    runs = load_study("digits", rates).runs()
+    root = fresh(folder / "sweep")
+    retrain = timed(lambda: [train(run, root) for run in runs])
+
+    def analyse() -> None:
+        shutil.rmtree(Path(root, "analysis"), ignore_errors=True)
+        results.analyze(root)
+
+    def build() -> None:
+        Path(root, "catalog.duckdb").unlink(missing_ok=True)
+        catalog.sync(root)
+
+    query = "select learning_rate, step, avg(kta) from alignment join runs using (run_id) group by 1, 2"
+    analysis, rebuild, sync, ask = in_turn(
+        repeats, analyse, build, lambda: catalog.sync(root), lambda: catalog.query(root, query)
+    )
+    rows = len(catalog.query(root, "select 1 from alignment").rows)
+    yield ("every measure of a stored sweep", f"{analysis:.2f} s", f"{retrain:.2f} s to train it again",
+           f"{retrain / analysis:.1f} x faster")  # fmt: skip
+    yield ("catalogue built from the stores", f"{rebuild:.2f} s for {rows} rows", f"{retrain:.2f} s to train",
+           f"{rebuild / retrain:.3f} of training")  # fmt: skip
+    yield ("catalogue sync, nothing new", f"{1e3 * sync:.0f} ms", f"{rebuild:.2f} s to build",
+           f"{sync / rebuild:.2f} of building")  # fmt: skip
+    yield ("figure (a) by SQL", f"{1e3 * ask:.0f} ms", f"{retrain:.2f} s to train", f"{retrain / ask:.0f} x faster")
+
+
+def kernels(n: int, count: int) -> np.ndarray:
+    """Kernels as a run leaves them, (count, n, n) float32: what is stored is never random noise."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(n, 256)).astype(np.float32) / np.arange(1, 257, dtype=np.float32)
+    steps = [features + 0.01 * i * rng.normal(size=features.shape).astype(np.float32) for i in range(count)]
+    return np.stack([step @ step.T for step in steps])
+
+
+def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
+    """The store against a plain .npy file: writing with and without making it durable, and reading it all."""
+    data = kernels(n, count)
+    mib = data.nbytes / 2**20
+    path = folder / "kernels.npy"
+
+    def write_store() -> None:
+        rows = {"learning_rate": 0.1, "seed": 0, "loss": 1.0, "ntk": None, "parameter": np.zeros(1, np.float32)}
+        with Writer.open(
+            fresh(folder / "store"), "run", identity={}, attrs={}, dims={"sample": n, "sample2": n, "parameter_index": 1},
+            groups={"snapshots": ["ntk", "parameter"]}, capacity={"snapshots": count},
+            probe={"target": np.ones((n, 1), np.float32)}, dtype="float32",
+        ) as writer:  # fmt: skip
+            for step, kernel in enumerate(data):
+                writer.append(step, {"snapshots": {**rows, "step": step, "ntk": kernel}})
+            writer.commit(b"")
+            writer.finish("complete", "steps")
+
+    def write_npy(durable: bool) -> None:
+        with open(path, "wb") as file:
+            np.save(file, data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def read_store() -> None:
+        xr.open_zarr(folder / "store" / "runs" / "run.zarr", group="snapshots", chunks=None).ntk.load()
+
+    def read_npy() -> None:
+        np.array(np.load(path, mmap_mode="r"))
+
+    mine, durable, plain = in_turn(repeats, write_store, lambda: write_npy(True), lambda: write_npy(False))
+    yield (f"writing {mib:.0f} MiB of kernels, n = {n}", f"{mib / mine:.0f} MiB/s",
+           f"{mib / durable:.0f} MiB/s numpy.save and fsync ({mib / plain:.0f} without)",
+           f"{durable / mine:.2f} of numpy.save's speed")  # fmt: skip
+    store, mapped = in_turn(repeats, read_store, read_npy)
+    size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file()) / 2**20
+    yield (f"reading them, checksums included", f"{mib / store:.0f} MiB/s", f"{mib / mapped:.0f} MiB/s memory-mapped",
+           f"{mapped / store:.2f} of its speed, {size / mib:.2f} of its bytes")  # fmt: skip
+
+
+def measure(folder: Path, quick: bool) -> Iterator[Row]:
+    """All rows of the table."""
+    steps, repeats, n, count = (20, 1, 100, 4) if quick else (400, 5, 1000, 20)
+    yield from recording(folder, steps, repeats)
+    yield from analysing(folder, steps, repeats)
+    yield from throughput(folder, n, count, repeats)
+
+
+def main() -> None:
+    """Print the table as it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    quick = parser.parse_args().quick
+    print(f"medians, one thread per process, {os.cpu_count()} cores, {len(schema.GROUPS)} groups recorded\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, figure, peer, ratio in measure(Path(folder), quick):
+            print(f"{name:<36} {figure:<24} against {peer:<50} {ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

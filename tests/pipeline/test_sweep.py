@@ -1,0 +1,65 @@
+"""Many runs in processes: same bits as one after the other, failures contained, stopping and resuming."""
+
+import pytest
+
+from pipeline.config import Compute, Digits, File, Mlp, Record, RunConfig, Stop
+from pipeline.store import list_runs
+from pipeline.sweep import sweep
+from pipeline.train import train
+
+
+def runs(steps: int = 10, **changes) -> list[RunConfig]:
+    values = {
+        "data": Digits(n=20),
+        "model": Mlp(width=4, depth=1),
+        "stop": Stop(steps=steps),
+        "record": Record(eigenpairs=2, spectra={"every": 5}, snapshots={"log": 1}),
+        "compute": Compute(commit_seconds=0.1),
+    }
+    return [RunConfig(**(values | {"learning_rate": rate} | changes)) for rate in (0.1, 0.2, 0.3)]
+
+
+def heads(root) -> dict[str, str]:
+    return {run.run_id: run.head for run in list_runs(root)}
+
+
+def test_a_sweep_gives_the_bits_of_single_runs(tmp_path):
+    for run in runs():
+        train(run, str(tmp_path / "serial"))
+    outcomes = list(sweep(runs(), str(tmp_path / "sweep"), workers=2))
+    assert {outcome.status for outcome in outcomes} == {"complete"}
+    assert heads(tmp_path / "sweep") == heads(tmp_path / "serial")
+
+
+def test_one_failing_run_leaves_the_others_alone(tmp_path):
+    missing = RunConfig(**{**dict(runs()[0]), "data": File(file=str(tmp_path / "missing.npz")), "seed": 7})
+    outcomes = {outcome.run_id: outcome for outcome in sweep([*runs(), missing], str(tmp_path / "s"), workers=1)}
+    assert [outcomes[run.run_id].status for run in runs()] == ["complete"] * 3
+    failed = outcomes[missing.run_id]
+    assert failed.status == "failed"
+    assert failed.exit_code == 4
+    assert "missing.npz" in failed.error
+
+
+def test_a_sweep_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
+    long = runs(steps=200_000)[:1]
+    root = str(tmp_path / "s")
+
+    def started() -> bool:
+        return any(run.attrs["commits"] > 0 for run in (list_runs(root) if (tmp_path / "s" / "runs").exists() else []))
+
+    outcomes = list(sweep(long, root, workers=1, on_poll=started))
+    assert [outcome.status for outcome in outcomes] == ["interrupted"]
+    (run,) = list_runs(root)
+    assert run.status == "interrupted"
+    reached = run.attrs["last_step"]
+    assert 0 < reached < 200_000
+    shorter = [run.model_copy(update={"stop": Stop(steps=reached + 3)}) for run in long]
+    assert [outcome.status for outcome in sweep(shorter, root, workers=1)] == ["complete"]
+    assert list_runs(root)[0].attrs["last_step"] == reached + 3
+
+
+@pytest.mark.parametrize("workers", [None, 5])
+def test_nothing_to_do_starts_nothing(tmp_path, workers):
+    assert list(sweep([], str(tmp_path), workers=workers)) == []
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,98 @@
+"""SIGKILL of `ntk-eos run` at random moments: nothing committed is lost and the end is the same, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_study
+from pipeline.errors import NtkEosError
+from pipeline.store import list_runs, read_run, run_path
+from pipeline.train import train
+
+OVERRIDES = ["stop.steps=20000", "record.scalars={every=40}", "record.spectra={every=200}"]
+COMMAND = Path(sys.executable).with_name("ntk-eos")
+
+
+def command(root: Path, commit_seconds: float) -> list[str]:
+    overrides = [*OVERRIDES, f"compute.commit_seconds={commit_seconds}"]
+    return [str(COMMAND), "run", "smoke", "--out", str(root), "-q", *(w for key in overrides for w in ("--set", key))]
+
+
+def committed(root: Path) -> dict[str, dict[str, list[str]]]:
+    """Digests of all rows that a reader sees, by run and group."""
+    if not (root / "runs").is_dir():
+        return {}
+    return {
+        run.run_id: {group: [bytes(row).hex() for row in run.read(f"{group}/digest")] for group in run.lengths}
+        for run in list_runs(root)
+    }
+
+
+def commits(root: Path) -> int:
+    try:
+        return sum(run.attrs["commits"] for run in list_runs(root))
+    except NtkEosError:
+        return 0
+
+
+def kill_until_done(root: Path, kills: int, seed: int) -> tuple[int, int]:
+    """Start, kill, start again, `kills` times, then to the end; returns rows seen in all, and rows lost."""
+    dice = random.Random(seed)
+    seen: dict[str, dict[str, list[str]]] = {}
+    for number in range(kills):
+        process = subprocess.Popen(command(root, 0.02), start_new_session=True)
+        if number % 4 == 0:
+            time.sleep(dice.uniform(0.1, 4))  # anywhere, start-up and creation included
+        else:
+            before, patience = commits(root), time.monotonic() + 60
+            while commits(root) == before and process.poll() is None and time.monotonic() < patience:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.3))
+        assert process.poll() is None, "the study is too short to be killed this often"
+        if number % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid, signal.SIGKILL)  # its workers must follow by themselves
+        process.wait()
+        wait_for_leases(root)
+        now = committed(root)
+        for run, groups in seen.items():
+            for group, digests in groups.items():
+                assert now[run][group][: len(digests)] == digests, f"{run}/{group} lost or changed committed rows"
+        seen = now
+    subprocess.run(command(root, 5.0), check=True)
+    return sum(len(rows) for groups in seen.values() for rows in groups.values()), 0
+
+
+def wait_for_leases(root: Path) -> None:
+    """Until the workers of a killed command are gone too."""
+    patience = time.monotonic() + 20
+    while any(run.status == "running" for run in (list_runs(root) if (root / "runs").is_dir() else [])):
+        assert time.monotonic() < patience, "a worker outlived its parent by 20 s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(5, id="short"), pytest.param(24, id="full", marks=pytest.mark.reliability)]
+)
+def test_kills_lose_no_committed_row_and_change_no_bit(tmp_path, capsys, kills):
+    rows, lost = kill_until_done(tmp_path / "killed", kills, seed=kills)
+    whole = tmp_path / "whole"
+    study = load_study("smoke", OVERRIDES)
+    for run in study.runs():
+        train(run, str(whole))
+    for run in study.runs():
+        killed = read_run(run_path(tmp_path / "killed", run.run_id))
+        assert killed.status == "complete"
+        assert killed.head == read_run(run_path(whole, run.run_id)).head
+    left = [path.name for path in (tmp_path / "killed" / "runs").rglob("*") if path.name.startswith((".tmp-", ".new-"))]
+    assert left == []
+    with capsys.disabled():
+        print(json.dumps({"promise": "SIGKILL of `ntk-eos run`", "kills": kills, "rows seen": rows, "rows lost": lost}))
