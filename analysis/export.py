@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import xarray as xr
@@ -39,11 +40,11 @@ def export_store(
         runs = list_runs(root)
         for number, run in enumerate(runs):
             progress(number / len(runs), run.run_id)
-            yield _whole(target / f"{run.run_id}.nc", lambda path, run=run: _netcdf(run, path))
+            yield _whole(target / f"{run.run_id}.nc", partial(_netcdf, run))
     else:
         for number, table in enumerate(catalog.TABLES):
             progress(number / len(catalog.TABLES), table)
-            yield _whole(target / f"{table}.{kind}", lambda path, table=table: catalog.copy_table(root, table, path))
+            yield _whole(target / f"{table}.{kind}", partial(catalog.copy_table, root, table))
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> Path:

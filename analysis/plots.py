@@ -1,27 +1,367 @@
 """Figures of a store: how the kernel aligns with the target, in which modes, and what happens at the edge.
 
 A `Drawing` is a figure that any store can have drawn: its words, the query behind its numbers and the function that
-draws it. Each function of a root reads its numbers (`kta_curves`, `mode_shares`, `edge_run`) and hands them to a
-pure one (`plot_kta`, `plot_modes`, `plot_edge`) that also takes numbers from elsewhere.
+draws it. `plot_kta`, `plot_modes` and `plot_edge` are pure functions of frames, for numbers from elsewhere.
+
+A line of a figure is the runs that differ in nothing but their seed. Runs that diverged enter no mean.
 """
 
 import os
 import textwrap
-import uuid
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
+
+Root = str | os.PathLike[str]
+
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.title_fontsize": 8,
+    "figure.facecolor": "white", "figure.constrained_layout.use": True, "axes.titlesize": 8, "axes.titlelocation": "left",
+    "axes.titlecolor": "0.35", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "0.9", "grid.linewidth": 0.6, "lines.linewidth": 1.3, "legend.frameon": False,
+}  # fmt: skip
+X_LABELS = {
+    "step": "step",
+    "time": "time  (step × learning rate)",
+    "loss": "training loss  (each run at its first row at or below it)",
+}
+# Okabe and Ito (2008): told apart with any colour vision.
+BLUE, VERMILION, GREY, SHADE = "#0072B2", "#D55E00", "0.35", "0.82"
+BAND = 0.14  # opacity of a band of one standard deviation
+DPI = 160
+
+# `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
+SHORTEST = 3
+# It ends, a quarter of its length later, where the sharpness last left this distance from its line, relative to it.
+SETTLED = 0.02
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that a store can have drawn.
+
+    Attributes:
+        name: as the command takes it, and the stem of its file.
+        title: a few words.
+        caption: how to read it.
+        axes: what it can stand over: step, time, loss or mode; the first is the usual one.
+        numbers: (root, x) -> the SQL or Python that gives the numbers drawn.
+        draw: (root, x) -> the figure. Reads the catalogue, which must be up to date.
+        language: of `numbers`.
+    """
+
+    name: str
+    title: str
+    caption: str
+    axes: tuple[str, ...]
+    numbers: Callable[[Root, str], str]
+    draw: Callable[[Root, str], Figure]
+    language: str = "SQL"
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def colours(labels: Iterable[str]) -> dict[str, str]:
+    """A colour per label along viridis, dark for the first; its pale end is left out."""
+    ordered = list(dict.fromkeys(labels))
+    return {
+        label: to_hex(mpl.colormaps["viridis"](0.85 * i / max(len(ordered) - 1, 1))) for i, label in enumerate(ordered)
+    }
+
+
+@mpl.rc_context(STYLE)
+def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = "") -> Figure:
+    """KTA along training, one line per learning rate: mean over seeds, band of one standard deviation.
+
+    Args:
+        curves: columns label, `x`, kta (mean over seeds), sd (NaN for a single seed), in order of `x`.
+        ends: one row per run in the order of the legend: label, status, crossed (whether its sharpness passed 2/η),
+            `x` and kta of its last row.
+        x: step, time or loss.
+        setting: what was trained, for the small print above the axes.
+    """
+    figure = Figure(figsize=(7.6, 4.2))
+    axes = figure.add_subplot()
+    _head(axes, "Kernel target alignment along training", setting)
+    palette = colours(ends["label"])
+    crossed = ends.groupby("label")["crossed"].any()
+    dashes = _dashes([label for label in palette if not crossed[label]])
+    for label, colour in palette.items():
+        line = curves[curves["label"] == label]
+        axes.plot(line[x], line["kta"], color=colour, linestyle=dashes.get(label, "-"), label=label, zorder=3)
+        _band(axes, line[x], line["kta"], line["sd"], colour)
+    notes: list[Any] = []
+    if curves["sd"].notna().any():
+        notes.append(Patch(color=GREY, alpha=BAND, linewidth=0, label="± 1 sd over seeds"))
+    if dashes:
+        notes.append(Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="never passed 2/η"))
+    for diverged, marker, size, label in ((False, "o", 16, "last row of a run"), (True, "x", 25, "a run diverged")):
+        chosen = ends[(ends["status"] == "diverged") == diverged]
+        if len(chosen):
+            fill = [palette[label] for label in chosen["label"]]
+            axes.scatter(chosen[x], chosen["kta"], c=fill, marker=marker, s=size, linewidths=diverged, zorder=4)
+            notes.append(Line2D([], [], color=GREY, marker=marker, markersize=size**0.5, linestyle="", label=label))
+    if x == "loss":
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+    elif x == "step":
+        # Runs differ tenfold in length; step 0 has no logarithm, so the first step is drawn linearly.
+        axes.set_xscale("symlog", linthresh=1, linscale=0.25)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(left=0)
+    axes.set(xlabel=X_LABELS[x], ylabel="KTA = yᵀKy / (‖K‖ ‖y‖²)")
+    _legend(figure, "upper", title="learning rate η", handlelength=3.2)
+    _legend(figure, "lower", handles=notes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
+    """Where the target sits among the leading eigenvectors at matched loss: c_i beside C(k) = c_1 + ... + c_k.
+
+    Args:
+        shares: columns label, mode (1, 2, ...), c, c_sd, cumulative, cumulative_sd: mean and standard deviation over
+            seeds, by label in the order of the legend.
+        level: the matched loss.
+        setting: what was trained, for the small print above the axes.
+    """
+    palette = colours(shares["label"])
+    figure = Figure(figsize=(9.6, max(4.2, 0.7 * len(palette) + 1)))
+    grid = figure.add_gridspec(len(palette), 2)
+    right = figure.add_subplot(grid[:, 1])
+    rows = [figure.add_subplot(grid[i, 0]) for i in range(len(palette))]
+    _head(rows[0], f"Share of the target in each NTK eigenvector, at loss {level:g}", setting)
+    top = (shares["c"] + shares["c_sd"].fillna(0)).max()
+    last = int(shares["mode"].max())
+    ticks = [1, *range(5, last + 1, 5)]
+    # The largest learning rate comes first, as its curve is on top in the panel beside.
+    for i, (axes, (label, colour)) in enumerate(zip(rows, reversed(palette.items()), strict=True)):
+        chosen = shares[shares["label"] == label]
+        axes.bar(chosen["mode"], chosen["c"], yerr=chosen["c_sd"].fillna(0), color=colour, ecolor=GREY,
+                 error_kw={"elinewidth": 0.8})  # fmt: skip
+        axes.set(xlim=(0.3, last + 0.7), ylim=(0, 1.05 * top), xticks=ticks)
+        axes.tick_params(labelbottom=i == len(rows) - 1)
+        axes.grid(visible=False, axis="x")
+        right.plot(chosen["mode"], chosen["cumulative"], color=colour, marker="o", markersize=2.6, label=label)
+        _band(right, chosen["mode"], chosen["cumulative"], chosen["cumulative_sd"], colour)
+    rows[len(rows) // 2].set_ylabel("c_i = (v_iᵀy)² / ‖y‖²")
+    rows[-1].set_xlabel("mode i, by eigenvalue")
+    right.set(xlabel="leading modes k", ylabel="C(k) = c₁ + … + c_k", xticks=ticks, ylim=(0, 1))
+    _legend(figure, "upper", title="learning rate η")
+    if shares["c_sd"].notna().any():
+        notes = [
+            Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label="± 1 sd (bars)"),
+            Patch(color=GREY, alpha=BAND, linewidth=0, label="± 1 sd (curves)"),
+        ]
+        _legend(figure, "lower", title="over seeds", handles=notes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_edge(rows: pd.DataFrame, title: str, setting: str = "") -> Figure:
+    """One run at the Edge of Stability: its sharpness with the line 2/η above, its KTA below, on one step axis.
+
+    Args:
+        rows: per recorded step, in order: step, line (2/η), sharpness_mean and kta_mean (two-step means), phase.
+        title: which run.
+        setting: what was trained, for the small print above the axes.
+    """
+    figure = Figure(figsize=(7.6, 4.8))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _head(upper, title, setting)
+    shown = rows.iloc[: _window(rows)]
+    falling = steady((shown["phase"] == "eos_falling").to_numpy(), SHORTEST)
+    line = rows["line"].iloc[0]
+    upper.plot(shown["step"], shown["sharpness_mean"], color=BLUE)
+    upper.axhline(line, color="black", linewidth=1, linestyle=(0, (5, 2)))
+    lower.plot(shown["step"], shown["kta_mean"], color=VERMILION)
+    for start, stop in falling:
+        for axes in (upper, lower):
+            axes.axvspan(shown["step"].iloc[start], shown["step"].iloc[stop - 1], color=SHADE, linewidth=0, zorder=0)
+    cut = "" if len(shown) == len(rows) else f"  (up to {shown['step'].iloc[-1]:,} of {rows['step'].iloc[-1]:,})"
+    upper.set(ylabel="NTK sharpness λ₁/n")
+    lower.set(ylabel="KTA", xlabel=f"step{cut}")
+    handles: list[Any] = [
+        Line2D([], [], color=BLUE, label="sharpness"),
+        Line2D([], [], color="black", linewidth=1, linestyle=(0, (5, 2)), label=f"2/η = {line:.4g}"),
+        Line2D([], [], color=VERMILION, label="KTA"),
+    ]
+    if falling:
+        handles.append(Patch(color=SHADE, label="sharpness falls"))
+    _legend(figure, "upper", handles=handles)
+    return figure
+
+
+def steady(flags: NDArray[np.bool_], shortest: int) -> list[tuple[int, int]]:
+    """[start, stop) of the stretches of True without flicker.
+
+    Stretches of fewer than `shortest` rows are dropped, then gaps of fewer rows than that are bridged.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))).reshape(-1, 2)
+    found: list[tuple[int, int]] = []
+    for start, stop in edges[edges[:, 1] - edges[:, 0] >= shortest].tolist():
+        if found and start - found[-1][1] < shortest:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _window(rows: pd.DataFrame) -> int:
+    """How many rows of a run are worth showing: until the sharpness has settled on its line, and a quarter more."""
+    away = np.flatnonzero(np.abs(rows["sharpness_mean"] / rows["line"] - 1) > SETTLED)
+    return min(len(rows), int(1.25 * (away[-1] + 1)) + 1) if len(away) else len(rows)
+
+
+def _head(axes: Axes, title: str, setting: str) -> None:
+    """Above the axes: a title, and in small print what was trained. Names from a store are never read as formulas."""
+    small = textwrap.wrap(setting, 105, max_lines=2) or [""]
+    axes.set_title("\n".join(small), loc="left", parse_math=False)
+    # Empty lines leave room for the small print; titles, unlike other text, do not widen the margins.
+    axes.set_title(
+        title + "\n" * len(small), loc="center", x=0, ha="left", fontsize=11, fontweight="bold", color="black",
+        parse_math=False,
+    )  # fmt: skip
+
+
+def _dashes(labels: Sequence[str]) -> dict[str, tuple[float, tuple[float, float]]]:
+    """A dash pattern per label; where lines coincide, as they should below the edge, the dashes alternate."""
+    gap = 4 * max(len(labels) - 1, 0.5)
+    return {label: (-4 * i, (4, gap)) for i, label in enumerate(labels)}
+
+
+def _band(axes: Axes, x: pd.Series, mean: pd.Series, deviation: pd.Series, colour: str) -> None:
+    axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=BAND, linewidth=0)
+
+
+def _legend(figure: Figure, place: str, **options: Any) -> None:
+    legend = figure.legend(loc=f"outside right {place}", alignment="left", **options)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+LINES = """
+lines as (  -- the runs of a line differ in nothing but their seed
+  select run_id, status, learning_rate, seed, config,
+         dense_rank() over (order by learning_rate, json_merge_patch(config, '{"seed": null}')) as line
+  from runs
+)""".strip()
+
+BY_STEP = f"""
+with {LINES}
+select line, learning_rate, step, step * learning_rate as time, avg(kta) as kta, stddev(kta) as sd, count(*) as seeds
+from alignment join lines using (run_id)
+where kta is not null and status <> 'diverged'
+group by line, learning_rate, step
+qualify seeds = max(seeds) over (partition by line)  -- only where every seed of the line has a row
+order by line, step
+""".strip()
+
+BY_LOSS = f"""
+with {LINES}, lows as (  -- rows at which a run's loss is lower than ever before
+  select run_id, line, learning_rate, step, loss, kta
+  from alignment join lines using (run_id) where kta is not null and status <> 'diverged'
+  qualify loss < coalesce(min(loss) over (partition by run_id order by step
+                                          rows between unbounded preceding and 1 preceding), 'infinity')
+), starts as (
+  select run_id, max(loss) as start from lows group by run_id
+), levels as (  -- twenty to a factor of ten, from where a run starts on down
+  select run_id, 10 ** (-i / 20) as loss from starts, range(-100, 400) as grid(i) where 10 ** (-i / 20) <= start
+)
+select line, learning_rate, levels.loss, avg(kta) as kta, stddev(kta) as sd, count(*) as seeds
+from levels asof join lows on levels.run_id = lows.run_id and levels.loss >= lows.loss
+group by line, learning_rate, levels.loss
+qualify seeds = max(seeds) over (partition by line)  -- only where every seed of the line has got there
+order by line, levels.loss desc
+""".strip()
+
+ENDS = f"""
+with {LINES}
+select line, run_id, learning_rate, seed, status, any_value(config) as config,
+       max(ntk_sharpness) > 2 / learning_rate as crossed, max(step) as step, max(step) * learning_rate as time,
+       arg_max(loss, step) as loss, arg_max(kta, step) as kta
+from alignment join lines using (run_id)
+where kta is not null
+group by line, run_id, learning_rate, seed, status
+order by line, seed, run_id
+""".strip()
+
+EDGE = "select step, line, sharpness_mean, kta_mean, phase from phases where run_id = $run_id order by step"
+
+MODES = """
+import analysis
+
+rows = analysis.open_sweep({root}, group="spectra", where="status <> 'diverged'")
+modes = analysis.alignment(analysis.at_loss(rows, {level}))
+modes.mode_alignment.groupby("learning_rate").mean()        # c_i, mean over seeds
+modes.cumulative_alignment.groupby("learning_rate").mean()  # C(k)
+""".strip()
+
+CROSSINGS = """
+select run_id, learning_rate, seed, crossed
+from phase_changes join runs using (run_id)
+where status <> 'diverged'
+order by learning_rate, seed, run_id
+""".strip()
+
+
+def draw_kta(root: Root, x: str = "step") -> Figure:
+    """KTA along training of the runs of a store.
+
+    Args:
+        root: folder of the store.
+        x: step, time (step times learning rate) or loss.
+
+    Raises:
+        MissingError: if no run has a KTA.
+    """
+    ends = _frame(root, ENDS)
+    if ends.empty:
+        raise MissingError(f"no run of {root} has a kernel target alignment yet: record kernel scalars or snapshots")
+    ends["label"] = ends["line"].map(_labels(ends))
+    ends["crossed"] = ends["crossed"].astype(object).fillna(True).astype(bool)
+    curves = _frame(root, kta_sql(root, x)).astype({"sd": float})
+    curves["label"] = curves["line"].map(dict(zip(ends["line"], ends["label"], strict=True)))
+    return plot_kta(curves, ends, x, setting(list_runs(root)))
+
+
+def kta_sql(root: Root, x: str) -> str:
+    """The query behind `draw_kta`."""
+    return BY_LOSS if x == "loss" else BY_STEP
+
+
+def draw_modes(root: Root, x: str = "mode", level: float | None = None) -> Figure:
+    """Where the target sits among the leading eigenvectors at matched loss.
+
+    Args:
+        root: folder of the store.
+        x: mode.
+        level: the matched loss; the smallest level that all runs record by default.
+
+    Raises:
+        InputError: if the runs share no loss level.
+        MissingError: if no run has eigenvectors at or below that loss.
+    """
+    level = shared_level(root) if level is None else level
+    rows = open_sweep(root, group="spectra", where="status <> 'diverged'")
+    found = alignment(at_loss(rows, level))[["mode_alignment", "cumulative_alignment"]].compute()
+    found = found.isel(run=np.flatnonzero(found["reached"]))
+    if not found.sizes["run"]:
+        raise MissingError(f"no run of {root} has reached the matched loss {level:g} yet")
+    ends = _frame(root, ENDS)
+    lines = dict(zip(ends["run_id"], ends["line"].map(_labels(ends)), strict=True))
+    found = found.assign_coords(label=("run", [lines[run] for run in found["run"].values]))
+    ...

@@ -109,7 +109,7 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on 
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=f"{EXITS}\n\n{example('ntk-eos demo', 'ntk-eos sql digits')}",
+    epilog=f"{EXITS}\n\n{example('ntk-eos demo', 'ntk-eos status digits')}",
 )
 @click.version_option(package_name="ntk-eos", prog_name="ntk-eos")
 def main() -> None:
@@ -142,9 +142,10 @@ report: {path}
 
 Next, ask the store (nothing is retrained):
 
-  ntk-eos sql {root} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) where loss <= 0.001 group by 1 order by 1"
+  ntk-eos sql {root} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) \\
+    where loss <= 0.001 group by 1 order by 1"
   python -c "import xarray as xr; print(xr.open_datatree('{run}'))"
-  python -c "import analysis; print(analysis.at_loss(analysis.alignment(analysis.open_sweep('{root}')), 0.01).kta.values)"
+  python -c "import analysis as a; print(a.at_loss(a.alignment(a.open_sweep('{root}')), 0.01).kta.values)"
 """)
     ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
 

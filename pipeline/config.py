@@ -179,7 +179,9 @@ class CadenceTable(Table):
 def _cadence_schema(_source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
     return core_schema.no_info_after_validator_function(
         lambda table: Cadence(every=table.every, log=table.log),
-        handler.generate_schema(CadenceTable),
+        core_schema.no_info_before_validator_function(
+            lambda value: vars(value) if isinstance(value, Cadence) else value, handler.generate_schema(CadenceTable)
+        ),
         serialization=core_schema.plain_serializer_function_ser_schema(
             lambda cadence: {key: value for key, value in vars(cadence).items() if value is not None}
         ),
@@ -470,14 +472,13 @@ def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str
     pairs.sort(key=lambda pair: _kind_set(*pair) is None)
     for key, value in pairs:
         raw = _fresh_kind(raw, key, value)
-        keys = key.split(".")
-        if keys[0] == "grid" and len(keys) > 1:
-            keys = ["grid", ".".join(keys[1:])]
-        elif key in raw.get("grid", {}):
-            keys = ["grid", key]
+        keys = ["grid", key] if key in raw.get("grid", {}) else key.split(".")
         nested = functools.reduce(lambda inner, part: {part: inner}, reversed(keys), value)
         nested = _normalised("--set", nested, Path.cwd())
-        raw = _replaced(f"--set {key}", raw, keys, _at(nested, keys))
+        if keys[0] == "grid":
+            raw = raw | {"grid": raw.get("grid", {}) | nested["grid"]}
+        else:
+            raw = _replaced(f"--set {key}", raw, keys, _at(nested, keys))
     return raw, {key.removeprefix("grid.") for key, _ in pairs}
 
 
@@ -812,9 +813,7 @@ def _nbytes(
         itemsize = np.dtype(run.compute.dtype if variable.dtype == "model" else variable.dtype).itemsize
         return itemsize * math.prod(sizes[dim] for dim in variable.dims)
 
-    growing = sum(
-        count * sum(map(size, [*schema.row_variables(group), schema.DIGEST])) for group, count in rows.items()
-    )
+    growing = sum(count * sum(map(size, schema.row_variables(group))) for group, count in rows.items())
     probe = {name: size(variable) for name, variable in schema.PROBE.items()}
     return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)
 

@@ -10,7 +10,7 @@ Linear l and B_l the gradient of the output with respect to its preactivation, o
 
 Products are accumulated in float64 whatever the model's dtype.
 
-Source: Jacot, Gabriel, Hongler (2018), definition of the NTK; Novak et al. (2022), sections 3.2 and 3.4.
+Source: Jacot, Gabriel, Hongler (2018), arXiv 1806.07572; Novak, Sohl-Dickstein, Schoenholz (2022), arXiv 2206.08720.
 """
 
 from collections.abc import Iterator
@@ -188,13 +188,15 @@ def layers_obstacle(model: nn.Module, x: Tensor) -> str | None:
         return f"the model is a {type(model).__name__}, not a plain nn.Sequential"
     flat = x.ndim == 2
     for index, layer in enumerate(model):
-        kind = type(layer)
-        if kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+        if type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1:
             flat = True
-        elif kind is nn.Linear and not flat:
-            return f"layer {index} is a Linear on examples that are not flattened"
-        elif kind is not nn.Linear and (kind not in ELEMENTWISE or getattr(layer, "inplace", False)):
-            return f"layer {index} is {layer}"
+        elif type(layer) is nn.Linear:
+            if not flat:
+                return f"layer {index} is a Linear on examples that are not flattened"
+        elif type(layer) not in ELEMENTWISE:
+            return f"layer {index} is a {type(layer).__name__}"
+        elif getattr(layer, "inplace", False):
+            return f"layer {index} works in place"
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks) or "forward" in vars(module):
@@ -225,7 +227,7 @@ def _capture(model: nn.Sequential, x: Tensor) -> list[_Captured]:
             if isinstance(layer, nn.Flatten):
                 continue
             output = layer(hidden)
-            if any(parameter.requires_grad for parameter in layer.parameters()):
+            if isinstance(layer, nn.Linear) and any(tensor.requires_grad for tensor in layer.parameters()):
                 layers.append(layer)
                 inputs.append(None if hidden is examples else hidden.detach())
                 preactivations.append(output)

@@ -23,7 +23,7 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         InputError: if the shapes differ, which would broadcast in silence.
 
-    Source: Cohen et al. (2021), section 2 of the appendix, with the mean over examples.
+    Source: Cohen et al. (2021), arXiv 2103.00065, whose published code has the same half and mean.
     """
     _check_shapes(prediction, target)
     return (prediction - target).square().sum() / (2 * len(target))

@@ -37,7 +37,7 @@ def build_model(options: Any, input_shape: tuple[int, ...], outputs: int, seed: 
     """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also seed the accelerators, which fork_rng does not save here.
-        torch.random.default_generator.manual_seed(int(stream(seed, "init").integers(2**63)))
+        torch.default_generator.manual_seed(int(stream(seed, "init").integers(2**63)))
         model = MODELS[options.name](options, input_shape, outputs)
     return model.to(dtype)
 
@@ -101,7 +101,9 @@ def _check_forward(what: str, model: nn.Module, input_shape: tuple[int, ...], ou
         with torch.no_grad():
             result = model(torch.zeros(2, *input_shape))
     except Exception as error:
-        raise InputError(f"{what}: a forward pass on 2 examples of shape {input_shape} failed: {_describe(error)}") from error
+        raise InputError(
+            f"{what}: a forward pass on 2 examples of shape {input_shape} failed: {_describe(error)}"
+        ) from error
     for module in training:
         module.training = True
     if not isinstance(result, torch.Tensor) or result.shape != (2, outputs):

@@ -32,7 +32,7 @@ class UpdateRule(ABC):
 class GradientDescent(UpdateRule):
     """θ ← θ - η ∇L(θ), unstable above the sharpness 2/η.
 
-    Source: Cohen et al. (2021), section 2.
+    Source: Cohen et al. (2021), arXiv 2103.00065, section 2.
     """
 
     def init(self, parameters: Sequence[Tensor]) -> State:

@@ -258,7 +258,7 @@ class Recorder:
         self._checkpoint.lowest_loss = min(self._checkpoint.lowest_loss, loss)
         now = time.monotonic()
         if last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
-            self._commit(step)
+            self._commit(step, loss=loss, steps=self.steps)
         elif now - self._beat > HEARTBEAT_SECONDS:
             writer.heartbeat("running", loss=loss, steps=self.steps)
             self._beat = now
@@ -324,12 +324,12 @@ class Recorder:
         planned = {group: len(cadence.steps(self.steps)) + extra for group, cadence in self._cadences.items()}
         return planned | {"train": self.steps + 1 + extra}
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, **facts: float) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
         self._checkpoint.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         self._checkpoint.step = step
-        self._open_writer().commit(self._checkpoint.to_bytes())
+        self._open_writer().commit(self._checkpoint.to_bytes(), **facts)
         self._committed = self._beat = time.monotonic()
 
     def _restore(self, now: dict[str, Any]) -> None:

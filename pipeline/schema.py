@@ -3,7 +3,7 @@
 Letters of the dimensions, the same in code, docstrings and stores:
 
     n  probe examples        `sample`, `sample2`        k  eigenpairs              `eig`
-    c  outputs               `output`                   s  rows (snapshots)        `step` in a run, `snapshot` in a sweep
+    c  outputs               `output`                   s  rows     `step` in a run, `snapshot` in a sweep
     p  parameters            `parameter_index`
 
 Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent

@@ -32,7 +32,7 @@ def as_matrix(full: Any) -> Any:
     return full.swapaxes(1, 2).reshape(n * c, n * c)
 
 
-def eigenpairs(kernel: NDArray, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def eigenpairs(kernel: NDArray[Any], k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The k leading eigenpairs.
 
     Args:
@@ -62,7 +62,7 @@ def eigenpairs(kernel: NDArray, k: int) -> tuple[NDArray[np.float64], NDArray[np
     return np.ascontiguousarray(values), np.ascontiguousarray(vectors * signs)
 
 
-def top_eigenvalue(kernel: NDArray) -> float:
+def top_eigenvalue(kernel: NDArray[Any]) -> float:
     """The largest eigenvalue λ_1, depending on nothing but K.
 
     A few Lanczos steps from a fixed vector give a Ritz value θ ≤ λ_1, and a Cholesky factorisation of
@@ -122,10 +122,11 @@ def _all_below(matrix: NDArray[np.float64], bound: float) -> bool:
     shifted = -matrix
     shifted.flat[:: len(matrix) + 1] += bound
     # The transpose of a symmetric C-ordered matrix is itself in the order that LAPACK works on without a copy.
-    return dpotrf(shifted.T, lower=1, clean=0, overwrite_a=1)[1] == 0
+    _, info = dpotrf(shifted.T, lower=1, clean=0, overwrite_a=1)
+    return bool(info == 0)
 
 
-def _checked(kernel: NDArray) -> NDArray[np.float64]:
+def _checked(kernel: NDArray[Any]) -> NDArray[np.float64]:
     """The kernel in float64, square and finite."""
     matrix = np.asarray(kernel, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:

@@ -468,8 +468,13 @@ class Writer:
             checked[array.variable.name] = value
         return checked
 
-    def commit(self, checkpoint: bytes) -> None:
-        """Publish all pending rows together with the checkpoint that continues after them."""
+    def commit(self, checkpoint: bytes, **facts: Any) -> None:
+        """Publish all pending rows together with the checkpoint that continues after them.
+
+        Args:
+            checkpoint: bytes that `checkpoint()` gives back after this commit.
+            facts: further entries of the heartbeat.
+        """
         for group, rows in self._pending.items():
             if self._lengths[group] + len(rows) > self._capacity[group]:
                 self._reserve({group: 2 * (self._lengths[group] + len(rows))})
@@ -486,7 +491,7 @@ class Writer:
         self._attrs["commits"] += 1
         self._attrs["checkpoint"] = {"name": name, "digest": blake(checkpoint).hex()}
         self._publish()
-        self.heartbeat("running")
+        self.heartbeat("running", **facts)
 
     def finish(self, status: str, reason: str) -> None:
         """Close the run with its final status; everything pending must be committed. Repeatable."""

@@ -93,14 +93,14 @@ def _begin(stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = parent_process()
-
-    def follow() -> None:
-        connection.wait([parent.sentinel])
-        # The parent was killed: nobody waits for this run, and what it committed is safe.
-        os._exit(1)
-
     if parent is not None:
-        threading.Thread(target=follow, daemon=True).start()
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End this process with its parent: nobody waits for the run any more, and what it committed is safe."""
+    connection.wait([parent])
+    os._exit(1)
 
 
 def _one(run: RunConfig, root: str, attrs: Mapping[str, Any] | None) -> Outcome:

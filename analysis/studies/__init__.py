@@ -1,1 +1,41 @@
-"""One module per paper: its figures and its claims."""
+"""One module per paper: its claims (`CLAIMS`), its figures (`FIGURES`) and whose choices a study of it makes (`CHOICES`).
+
+A study file names its paper; the module is imported when a store of that study is first asked about it.
+"""
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pipeline.errors import InputError
+from pipeline.store import list_runs
+
+if TYPE_CHECKING:
+    from analysis.plots import Drawing
+
+PAPERS = {"jiang2025": "analysis.studies.jiang2025"}
+
+
+def paper(name: str) -> ModuleType:
+    """The module of a paper.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in PAPERS:
+        raise InputError(f"paper {name!r} has no module in analysis.studies; known: {', '.join(PAPERS)}")
+    return import_module(PAPERS[name])
+
+
+def papers(root: str | os.PathLike[str]) -> list[ModuleType]:
+    """The modules of the papers that the runs of a store name, each once."""
+    named = dict.fromkeys(run.attrs["paper"] for run in list_runs(root) if run.attrs.get("paper"))
+    return [paper(name) for name in named]
+
+
+def figures(root: str | os.PathLike[str]) -> dict[str, "Drawing"]:
+    """The figures of a store by name: the general ones, or a paper's own in their place and beside them."""
+    from analysis import plots  # judging claims does not need matplotlib
+
+    return plots.FIGURES | {name: figure for module in papers(root) for name, figure in module.FIGURES.items()}

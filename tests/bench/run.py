@@ -1,7 +1,7 @@
 """Costs as ratios, each pair measured in turn within this run: `make bench`.
 
-A ratio of two medians taken side by side survives a busy machine; a single time does not. Threads are one per process
-throughout, as in a sweep.
+A ratio of two medians taken side by side survives a busy machine; a single time does not. One thread per process
+throughout, as in a sweep: the Makefile sets BLAS's, the runs set torch's.
 """
 
 import argparse
@@ -12,9 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
 
 import numpy as np
 import torch
@@ -128,8 +125,8 @@ def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
     def write_store() -> None:
         rows = {"learning_rate": 0.1, "seed": 0, "loss": 1.0, "ntk": None, "parameter": np.zeros(1, np.float32)}
         with Writer.open(
-            fresh(folder / "store"), "run", identity={}, attrs={}, dims={"sample": n, "sample2": n, "parameter_index": 1},
-            groups={"snapshots": ["ntk", "parameter"]}, capacity={"snapshots": count},
+            fresh(folder / "store"), "run", identity={}, attrs={},
+            dims={"sample": n, "sample2": n, "parameter_index": 1}, groups={"snapshots": ["ntk", "parameter"]}, capacity={"snapshots": count},
             probe={"target": np.ones((n, 1), np.float32)}, dtype="float32",
         ) as writer:  # fmt: skip
             for step, kernel in enumerate(data):
@@ -156,7 +153,7 @@ def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
            f"{durable / mine:.2f} of numpy.save's speed")  # fmt: skip
     store, mapped = in_turn(repeats, read_store, read_npy)
     size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file()) / 2**20
-    yield (f"reading them, checksums included", f"{mib / store:.0f} MiB/s", f"{mib / mapped:.0f} MiB/s memory-mapped",
+    yield ("reading them, checksums included", f"{mib / store:.0f} MiB/s", f"{mib / mapped:.0f} MiB/s memory-mapped",
            f"{mapped / store:.2f} of its speed, {size / mib:.2f} of its bytes")  # fmt: skip
 
 

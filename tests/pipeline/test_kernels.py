@@ -1,6 +1,7 @@
 """The empirical kernel against dense Jacobians, finite differences, closed forms and another library."""
 
 import copy
+import itertools
 import types
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def mlp(sizes=(5, 7, 6, 3), activation=nn.Tanh, bias=True, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(len(sizes))
         layers = []
-        for features, width in zip(sizes, sizes[1:], strict=False):
+        for features, width in itertools.pairwise(sizes):
             layers += [nn.Linear(features, width, bias=bias), activation()]
         return nn.Sequential(*layers[:-1]).to(dtype)
 
@@ -75,7 +76,9 @@ def test_a_tanh_network_equals_finite_differences_in_numpy(method):
     model, x = mlp((3, 4, 2)), randn(5, 3)
     parameters = [tensor.detach().numpy() for tensor in model.parameters()]
     close(
-        empirical_ntk(model, x, outputs="full", method=method), oracles.finite_difference_ntk(parameters, x.numpy()), 1e-8
+        empirical_ntk(model, x, outputs="full", method=method),
+        oracles.finite_difference_ntk(parameters, x.numpy()),
+        1e-8,
     )
 
 
@@ -98,8 +101,8 @@ def test_golden_mlp(golden, method):
 def test_golden_cnn(golden):
     case, parameters = golden("cnn")
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 3, stride=2), nn.Tanh(), nn.Flatten(),
-        nn.Linear(12, 2),
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 3, stride=2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(12, 2),
     ).double()  # fmt: skip
     model.load_state_dict(parameters)
     x = torch.tensor(case["x"])
@@ -291,6 +294,17 @@ class Scale(nn.Module):
         return self.scale * x
 
 
+class TwoNames(nn.Module):
+    """Has one parameter under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Parameter(torch.ones(5, 1) / 2)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.first) + x**2 @ self.second
+
+
 def tied():
     model = mlp((5, 5, 5, 1))
     model[2].weight = model[0].weight
@@ -333,6 +347,7 @@ OTHER = {
     "softmax is not elementwise": lambda: nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1), nn.Linear(4, 1)),
     "a layer with parameters of its own": lambda: nn.Sequential(nn.Linear(5, 4), Scale(), nn.Linear(4, 1)),
     "an activation in place": lambda: nn.Sequential(nn.Linear(5, 4), nn.ELU(inplace=True), nn.Linear(4, 1)),
+    "a parameter of two names": TwoNames,
     "tied weights": tied,
     "a layer used twice": repeated,
     "a hook": hooked,
@@ -431,6 +446,17 @@ def test_what_no_module_shows_is_refused(kind, reason):
         empirical_ntk(model, randn(6, 5))
     assert torch.equal(generator, torch.random.get_rng_state())
     assert all(torch.equal(buffer, torch.zeros(())) for buffer in model.buffers())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_a_gpu_gives_the_same_kernel(method, outputs):
+    model, x = mlp((5, 40, 40, 2)), randn(50, 5)
+    expected = empirical_ntk(model, x, outputs=outputs, method=method)
+    kernel = empirical_ntk(model.cuda(), x.cuda(), outputs=outputs, method=method).cpu()
+    close(kernel, expected.numpy())
+    assert torch.equal(kernel, kernel.T if outputs == "trace" else kernel.permute(1, 0, 3, 2))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

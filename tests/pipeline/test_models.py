@@ -1,5 +1,6 @@
 """Models: sizes, seeds, and a user's own by import path."""
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ def test_shapes(activation, depth, input_shape):
     assert sum(isinstance(layer, ACTIVATIONS[activation]) for layer in model) == depth
     features = int(np.prod(input_shape))
     sizes = [features, *[7] * depth, 3]
-    expected = sum((a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False))
+    expected = sum((a + 1) * b for a, b in itertools.pairwise(sizes))
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
@@ -101,7 +102,7 @@ def linear(input_shape, outputs, bias=True):
     return nn.Linear(input_shape[0], outputs, bias=bias)
 
 def normalised(input_shape, outputs):
-    return nn.Sequential(nn.Linear(input_shape[0], 4), nn.BatchNorm1d(4).eval(), nn.Dropout(), nn.Linear(4, outputs))
+    return nn.Sequential(nn.Linear(input_shape[0], 4), nn.BatchNorm1d(4), nn.Dropout().eval(), nn.Linear(4, outputs))
 
 def raises(input_shape, outputs):
     raise KeyError("some key")
@@ -149,7 +150,7 @@ def test_an_imported_model_gets_shapes_and_options():
 @pytest.mark.usefixtures("user_module")
 def test_trying_an_imported_model_changes_neither_modes_nor_statistics():
     model = build(imported("users_models:normalised"), (5,))
-    assert [layer.training for layer in model] == [True, False, True, True]
+    assert [layer.training for layer in model] == [True, True, False, True]
     assert model.training
     assert model[1].num_batches_tracked == 0
     assert torch.equal(model[1].running_mean, torch.zeros(4))

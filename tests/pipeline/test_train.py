@@ -122,6 +122,6 @@ def test_targets_that_are_no_labels_have_no_accuracy(tmp_path):
 def test_a_device_that_is_not_there_is_named(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
-    with pytest.raises(InputError, match="compute.device = 'cuda': torch finds no such device"):
+    with pytest.raises(InputError, match=r"compute.device = 'cuda': torch finds no such device"):
         train(config(compute=Compute(device="cuda")), str(tmp_path))
     assert not list(tmp_path.iterdir())

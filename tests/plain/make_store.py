@@ -1,6 +1,6 @@
 """Writes the store that the plain reads are tried on: one finished run, one that is still growing.
 
-    python tests/plain/make_store.py FOLDER
+python tests/plain/make_store.py FOLDER
 """
 
 import sys

@@ -16,7 +16,7 @@ from pipeline.errors import NtkEosError
 from pipeline.store import list_runs, read_run, run_path
 from pipeline.train import train
 
-OVERRIDES = ["stop.steps=20000", "record.scalars={every=40}", "record.spectra={every=200}"]
+OVERRIDES = ["stop.steps=20000", "stop.loss=1e-12", "record.scalars={every=40}", "record.spectra={every=200}"]
 COMMAND = Path(sys.executable).with_name("ntk-eos")
 
 

@@ -1,0 +1,147 @@
+"""Linear algebra on stacks of kernels: Frobenius products, centring, quadratic forms, eigenvalues.
+
+    ⟨A, B⟩ = tr(AᵀB),   ‖A‖ = ⟨A, A⟩^(1/2),   P K P with P = I - 11ᵀ/n,   Σ_c y_cᵀ K y_c = ⟨K, YYᵀ⟩
+
+Kernels carry the dimensions `sample` (n) and `sample2` (n), targets `sample` (n) and `output` (c); any other
+dimension is a stack. Dask arrays stay lazy and numpy arrays are computed at once. Kernels are stored in float32; all
+sums run in float64, without a float64 copy of more than one block (eigenvalues: of one matrix). A task takes
+whole kernels, so the bands of a large one are joined in its task. BLAS threads are the caller's to set.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+KERNEL = ("sample", "sample2")
+TARGET = ("sample", "output")
+VECTORS = ("sample", "eig")
+
+
+def frobenius_product(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
+    """⟨A, B⟩ = Σ_ij A_ij B_ij.
+
+    Args:
+        a: kernels (..., n, n).
+        b: kernels (..., n, n).
+
+    Returns:
+        Float64 (...).
+    """
+    return _on_stacks(lambda a, b: np.einsum("...ij,...ij->...", a, b, dtype=np.float64), (a, KERNEL), (b, KERNEL))
+
+
+def frobenius_norm(kernel: xr.DataArray) -> xr.DataArray:
+    """‖K‖ = (Σ_ij K_ij²)^(1/2) of kernels (..., n, n), in float64 (...)."""
+    return frobenius_product(kernel, kernel) ** 0.5
+
+
+def centre(kernel: xr.DataArray) -> xr.DataArray:
+    """P K P with P = I - 11ᵀ/n: rows and columns of kernels (..., n, n) sum to zero; float64."""
+    return _on_stacks(_centre, (kernel, KERNEL), out=KERNEL)
+
+
+def quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
+    """Σ_c y_cᵀ K y_c = ⟨K, YYᵀ⟩.
+
+    Args:
+        kernel: kernels (..., n, n).
+        y: one column per output (..., n, c).
+
+    Returns:
+        Float64 (...).
+    """
+    return _on_stacks(_quadratic_form, (kernel, KERNEL), (y, TARGET))
+
+
+def squared_projections(vectors: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
+    """Σ_c (v_iᵀ y_c)², the energy of the targets along each vector.
+
+    Args:
+        vectors: v_i as columns (..., n, k).
+        y: one column per output (..., n, c).
+
+    Returns:
+        Float64 (..., k).
+    """
+    return _on_stacks(_squared_projections, (vectors, VECTORS), (y, TARGET), out=("eig",))
+
+
+def squared_norm(y: xr.DataArray) -> xr.DataArray:
+    """‖Y‖² = Σ_ic y_ic² of targets (..., n, c), in float64 (...)."""
+    return _on_stacks(_once_if_repeated(lambda y: np.einsum("...ic,...ic->...", y, y, dtype=np.float64)), (y, TARGET))
+
+
+def outer_norm(y: xr.DataArray) -> xr.DataArray:
+    """‖YYᵀ‖ = ‖YᵀY‖ of targets (..., n, c), from the small c x c product, in float64 (...)."""
+    return _on_stacks(_once_if_repeated(_outer_norm), (y, TARGET))
+
+
+def eigenvalues(kernel: xr.DataArray) -> xr.DataArray:
+    """All eigenvalues of symmetric kernels (..., n, n), descending along the new dimension `mode` (..., n).
+
+    A kernel with a value that is not finite never meets the eigensolver: its eigenvalues are NaN.
+    """
+    return _on_stacks(_eigenvalues, (kernel, KERNEL), out=("mode",), sizes={"mode": kernel.sizes["sample"]})
+
+
+def _on_stacks(
+    function: Callable[..., Array],
+    *operands: tuple[xr.DataArray, Sequence[str]],
+    out: Sequence[str] = (),
+    sizes: dict[str, int] | None = None,
+) -> xr.DataArray:
+    """Apply a function of numpy stacks (..., core dims) to labelled arrays, block by block where they are lazy."""
+    return xr.apply_ufunc(
+        function,
+        *(array for array, _ in operands),
+        input_core_dims=[list(core) for _, core in operands],
+        output_core_dims=[list(out)],
+        dask="parallelized",
+        output_dtypes=[np.float64],
+        dask_gufunc_kwargs={"allow_rechunk": True, "output_sizes": sizes or {}},
+    )
+
+
+def _once_if_repeated(function: Callable[[NDArray[Any]], Array]) -> Callable[[NDArray[Any]], Array]:
+    """Evaluate once where a block repeats one array along its rows, as the targets of a run do for every step."""
+
+    def once(stack: NDArray[Any]) -> Array:
+        if stack.ndim == 3 and len(stack) > 1 and stack.strides[0] == 0:
+            return np.repeat(function(stack[:1]), len(stack), axis=0)
+        return function(stack)
+
+    return once
+
+
+def _centre(kernel: NDArray[Any]) -> Array:
+    centred = kernel.astype(np.float64)
+    centred -= centred.mean(axis=-2, keepdims=True)
+    centred -= centred.mean(axis=-1, keepdims=True)
+    return centred
+
+
+def _quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
+    image = np.einsum("...ij,...jc->...ic", kernel, y, dtype=np.float64)
+    return np.einsum("...ic,...ic->...", image, y, dtype=np.float64)
+
+
+def _squared_projections(vectors: NDArray[Any], y: NDArray[Any]) -> Array:
+    return (np.einsum("...nk,...nc->...kc", vectors, y, dtype=np.float64) ** 2).sum(axis=-1)
+
+
+def _outer_norm(y: NDArray[Any]) -> Array:
+    gram = np.einsum("...ic,...id->...cd", y, y, dtype=np.float64)
+    return np.sqrt((gram**2).sum(axis=(-2, -1)))
+
+
+def _eigenvalues(kernel: NDArray[Any]) -> Array:
+    values = np.full(kernel.shape[:-1], np.nan)
+    for row in np.ndindex(*kernel.shape[:-2]):
+        if np.isfinite(kernel[row]).all():
+            values[row] = np.linalg.eigvalsh(kernel[row].astype(np.float64))[::-1]
+    return values

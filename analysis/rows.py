@@ -1,0 +1,114 @@
+"""Rows of a dataset: the dimension they lie on, the run that each belongs to, and the variables that a measure needs.
+
+A sweep has its rows along `snapshot`, each with the name of its run in the coordinate `run`. A group of one run that
+plain xarray opened has them along `step` and names no run. Measures that look at a run as a whole take both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.schema import GROUPS, PROBE, ROW
+
+ROW_DIMS = ("snapshot", "step")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which rows of a dataset belong to which run.
+
+    Attributes:
+        dim: dimension of the rows.
+        names: runs in the order in which they first appear.
+        rows: for each run the positions of its rows, in order of step.
+        step: step of every row of the dataset, shape (s,).
+    """
+
+    dim: str
+    names: list[str]
+    rows: list[NDArray[np.intp]]
+    step: NDArray[np.int64]
+
+
+def runs_of(ds: xr.Dataset) -> Runs:
+    """Group the rows of a sweep, or of one run, by run.
+
+    Args:
+        ds: rows along `snapshot` or `step`, with the coordinate `run` where there are rows of several runs.
+
+    Raises:
+        InputError: if there are no rows, or a run has two rows of the same step.
+    """
+    dim = next((name for name in ROW_DIMS if name in ds.dims), None)
+    if dim is None:
+        raise InputError(
+            f"this dataset has its values along {', '.join(map(str, ds.dims)) or 'no dimension'}: rows must lie along "
+            "`snapshot` or `step`, as analysis.open_sweep and analysis.open_run return them"
+        )
+    require(ds, "grouping rows by run", "step")
+    step = np.asarray(ds["step"])
+    labels = np.asarray(ds["run"]) if "run" in ds.coords else str(ds.attrs.get("run", "run"))
+    codes, names = pd.factorize(np.broadcast_to(labels, step.shape))
+    order = np.lexsort((step, codes))
+    repeated = (np.diff(codes[order]) == 0) & (np.diff(step[order]) == 0)
+    if repeated.any():
+        first = order[repeated.argmax()]
+        raise InputError(
+            f"run {names[codes[first]]!r} has step {step[first]} twice, as when several runs are joined without their "
+            "names: open them with analysis.open_sweep(root), which names the run of each row"
+        )
+    bounds = np.flatnonzero(np.diff(codes[order])) + 1
+    rows = np.split(order, bounds) if len(order) else []
+    return Runs(dim, [str(name) for name in names], rows, step)
+
+
+def one_row_per_run(ds: xr.Dataset, runs: Runs, positions: Sequence[int] | NDArray[np.intp]) -> xr.Dataset:
+    """Take one row of each run: `snapshot` or `step` gives way to the dimension `run`, its index the runs' names.
+
+    Args:
+        ds: what `runs` was made of.
+        runs: its rows by run.
+        positions: the row to take of each run.
+    """
+    if isinstance(ds.indexes.get(runs.dim), pd.MultiIndex):
+        ds = ds.reset_index(runs.dim)  # its levels become plain coordinates
+    attrs = ds["run"].attrs if "run" in ds.coords else {"long_name": "run", "units": "1"}
+    taken = ds.isel({runs.dim: np.asarray(positions, dtype=np.intp)})
+    return taken.assign_coords(run=(runs.dim, runs.names, attrs)).swap_dims({runs.dim: "run"})
+
+
+def require(ds: xr.Dataset, measure: str, *names: str) -> None:
+    """Check that a dataset has what a measure needs.
+
+    Args:
+        ds: the measure's input.
+        measure: its name, for the message.
+        names: variables or coordinates of the schema.
+
+    Raises:
+        InputError: naming the variable, the groups of the store that hold it and how to open them.
+    """
+    for name in names:
+        if name in ds.variables:
+            continue
+        has = f"{measure} needs `{name}`; this dataset has {', '.join(map(str, ds.data_vars)) or 'no variables'}."
+        groups = [group for group, variables in GROUPS.items() if name in variables]
+        if name in PROBE:
+            hint = f"It lies in the group probe; analysis.open_sweep and open_run add it, or ds.assign({name}=...)"
+        elif name in ROW:
+            hint = "It is a coordinate of every row that analysis.open_sweep and open_run return"
+        else:
+            hint = f"Open a group that has it: analysis.open_sweep(root, group=...) with {' or '.join(groups)}"
+        raise InputError(f"{has} {hint}")
+
+
+def described(array: xr.DataArray, long_name: str, description: str, units: str = "1") -> xr.DataArray:
+    """The array with its label, its defining equation and its unit in place of the attributes of its inputs."""
+    array = array.copy(deep=False)
+    array.attrs = {"long_name": long_name, "units": units, "description": description}
+    return array

@@ -1,0 +1,110 @@
+"""A sweep that was never trained: the Dataset that `analysis.open_sweep` returns, made of random kernels.
+
+Eigenpairs and scalars come from the float64 kernel and the kernel is rounded afterwards, as when recording. The
+learning rates are a grid with two seeds each; the last run diverged after two rows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pipeline.schema import GROUPS, PROBE, ROW
+
+LEARNING_RATES = (0.1, 0.4)
+SEEDS = (0, 1)
+STEPS = (0, 1, 10, 100)
+DIVERGED = (0.8, 0)
+DIVERGED_ROWS = 2
+
+
+def mock_kernel(rng: np.random.Generator, n: int, y: np.ndarray, pull: float) -> np.ndarray:
+    """A random positive semidefinite kernel (n, n), drawn towards y yᵀ by `pull`."""
+    features = rng.standard_normal((n, 2 * n)) / np.sqrt(2 * n)
+    return features @ features.T + pull * y @ y.T / n
+
+
+def kernel_row(kernel: np.ndarray, y: np.ndarray, k: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    """What a recorder keeps of one kernel (n, n): scalars and k eigenpairs of it as it is, itself rounded."""
+    values, vectors = np.linalg.eigh(kernel)
+    return {
+        "ntk": kernel.astype(dtype),
+        "eigenvalue": values[::-1][:k],
+        "eigenvector": vectors[:, ::-1][:, :k].astype(dtype),
+        "ntk_sharpness": values[-1] / len(kernel),
+        "frobenius_norm": np.linalg.norm(kernel),
+        "trace": np.trace(kernel),
+        "target_energy": np.einsum("ic,ij,jc->", y, kernel, y),
+    }
+
+
+def mock_sweep(
+    group: str = "snapshots",
+    *,
+    n: int = 6,
+    c: int = 1,
+    k: int = 4,
+    seed: int = 0,
+    dtype: type = np.float32,
+    steps: Sequence[int] = STEPS,
+) -> xr.Dataset:
+    """The lazy Dataset of a sweep of five runs, the last of them diverged.
+
+    Args:
+        group: snapshots, spectra, scalars or train.
+        n, c, k: examples, outputs, eigenpairs.
+        seed: of the random numbers.
+        dtype: of kernels and eigenvectors; float64 makes them exact.
+        steps: steps of each row of a run that did not diverge.
+    """
+    rng = np.random.default_rng(seed)
+    runs = [*((rate, s, "complete", len(steps)) for rate in LEARNING_RATES for s in SEEDS)]
+    runs.append((*DIVERGED, "diverged", DIVERGED_ROWS))
+    rows: list[dict[str, np.ndarray]] = []
+    index, names, states, losses, targets = [], [], [], [], []
+    for rate, s, status, length in runs:
+        y = rng.choice([-1.0, 1.0], (n, c))
+        y[0] = -y[1]  # both labels occur
+        for position, step in enumerate(steps[:length]):
+            kernel = mock_kernel(rng, n, y, pull=rate * position)
+            rows.append(
+                kernel_row(kernel, y, k, dtype)
+                | {
+                    "prediction": (y * (1 - 0.5**position)).astype(dtype),
+                    "parameter": rng.standard_normal(5).astype(dtype),
+                    "accuracy": np.float64(position > 0),
+                    "grad_norm": np.float64(0.5**position),
+                    "wall_time": np.float64(step),
+                }
+            )
+            index.append((rate, s, step))
+            names.append(f"lr-{rate}_seed-{s}")
+            states.append(status)
+            losses.append((0.5 if status == "complete" else 2.0) ** position * (1 + 0.1 * s) / 2)
+            targets.append(y)
+    levels = pd.MultiIndex.from_tuples(index, names=["learning_rate", "seed", "step"])
+    run_lengths = tuple(len(list(steps[:length])) for *_, length in runs)
+    variables = {}
+    for name, variable in GROUPS[group].items():
+        stack = np.array(losses) if name == "loss" else np.stack([row[name] for row in rows])
+        dims = ("snapshot", *variable.dims[1:])
+        chunks = (1 if stack.ndim > 2 else run_lengths, *stack.shape[1:])
+        attrs = {"long_name": variable.long_name, "units": variable.units, "description": variable.description}
+        variables[name] = xr.Variable(dims, stack, attrs).chunk(dict(zip(dims, chunks, strict=True)))
+    target = xr.Variable(("snapshot", "sample", "output"), np.stack(targets).astype(dtype), {"long_name": "target"})
+    variables["target"] = target.chunk({"snapshot": run_lengths})
+    assert variables.keys() <= GROUPS[group].keys() | PROBE.keys()
+    coords = xr.Coordinates.from_pandas_multiindex(levels, "snapshot")
+    ds = xr.Dataset(variables, coords).assign_coords(run=("snapshot", names), status=("snapshot", states))
+    if group != "train":
+        attrs = {"long_name": ROW["loss"].long_name, "units": "1", "description": ROW["loss"].description}
+        ds = ds.assign_coords(loss=("snapshot", np.array(losses), attrs))
+    return ds
+
+
+def one_run(ds: xr.Dataset, run: str) -> xr.Dataset:
+    """The rows of one run as plain xarray opens a group of it: along `step`, lazy row coordinates, no names."""
+    rows = ds.isel(snapshot=np.flatnonzero(ds.run == run)).reset_index("snapshot").drop_vars(["run", "status"])
+    rows = rows.assign_coords({name: rows[name].chunk() for name in ("learning_rate", "seed", "loss") if name in rows})
+    return rows.swap_dims(snapshot="step").set_xindex("step") if "step" not in rows.indexes else rows

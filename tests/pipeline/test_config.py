@@ -1,0 +1,643 @@
+import json
+import pickle
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.cadence import Cadence
+from pipeline.config import (
+    KINDS,
+    MAX_BYTES,
+    TABLES,
+    CadenceTable,
+    Digits,
+    File,
+    Heading,
+    Imported,
+    Mlp,
+    Record,
+    RunConfig,
+    Stop,
+    check_imports_allowed,
+    load_study,
+    needs_import,
+    plan,
+    row_capacity,
+    shipped,
+)
+from pipeline.errors import InputError, MissingError, NtkEosError, StudyError
+
+REPO = Path(__file__).parents[2]
+MINIMAL = """
+title = "t"
+learning_rate = [0.1, 0.2]
+seed = [0, 1]
+[data]
+name = "digits"
+[model]
+name = "mlp"
+[stop]
+steps = 10
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study file and loads it."""
+
+    def load(text=MINIMAL, *overrides):
+        path = tmp_path / "study.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_study(path, overrides)
+
+    return load
+
+
+def one(study, *overrides):
+    """The only run of the minimal study at learning rate 0.1 and seed 0, after overrides."""
+    (run,) = study(MINIMAL, "learning_rate=0.1", "seed=0", *overrides).runs()
+    return run
+
+
+def message(call, error=StudyError):
+    with pytest.raises(error, match=r".") as caught:
+        call()
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+# --- shipped studies -------------------------------------------------------------------------------------------------
+
+
+def test_digits_is_the_study_that_was_agreed():
+    study = load_study("digits")
+    runs = study.runs()
+    assert [(run.learning_rate, run.seed) for run in runs] == [
+        (rate, seed) for rate in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4) for seed in (0, 1, 2)
+    ]
+    for run in runs:
+        assert run.data == Digits(n=300, target="digit<5")
+        assert run.model == Mlp(width=64, depth=2, activation="tanh")
+        assert run.stop == Stop(loss=0.001, steps=10_000)
+        assert run.record == Record(
+            eigenpairs=20,
+            loss_levels=(0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
+            snapshots=Cadence(log=8),
+            spectra=Cadence(every=10),
+            scalars=Cadence(every=1),
+        )
+        assert run.axes == {"learning_rate": run.learning_rate, "seed": run.seed}
+    assert (study.name, study.paper, len(study.claims)) == ("digits", "jiang2025", 5)
+    assert {run.parameters for run in plan(runs).runs} == {8385}
+
+
+def test_ids_of_the_shipped_study_never_change():
+    """A change here means that nobody's finished runs are found again."""
+    (run,) = load_study("digits", ["learning_rate=0.1", "seed=0"]).runs()
+    assert run.run_id == "lr-0.1_seed-0_b83a190d"
+    assert run.family == "93b995a7"
+
+
+def test_every_shipped_study_loads_and_plans():
+    assert {"digits", "smoke"} <= set(shipped())
+    for name in shipped():
+        assert plan(load_study(name).runs()).complete
+
+
+def test_importing_it_is_light_and_loading_imports_nothing_of_the_users():
+    code = (
+        "import sys; from pipeline.config import load_study, plan; "
+        "study = load_study('smoke', ['model.import=no_such_package.at_all:net']); plan(study.runs()); "
+        "print(sorted({'torch', 'xarray', 'zarr', 'pandas', 'sklearn', 'scipy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_grid_order_is_learning_rate_then_seed_then_the_other_axes(study):
+    runs = study(MINIMAL + '[grid]\n"model.width" = [8, 4]\nmodel.depth = [1, 2]\n').runs()
+    expected = [(r, s, w, d) for r in (0.1, 0.2) for s in (0, 1) for w in (8, 4) for d in (1, 2)]
+    assert [(run.learning_rate, run.seed, run.model.width, run.model.depth) for run in runs] == expected
+    assert [tuple(run.axes.values()) for run in runs] == expected
+    assert list(runs[0].axes) == ["learning_rate", "seed", "model.width", "model.depth"]
+    assert len({run.run_id for run in runs}) == 16
+    assert runs[0].run_id.startswith("lr-0.1_seed-0_width-8_depth-1_")
+
+
+def test_whole_learning_rates_become_floats(study):
+    (run,) = study(MINIMAL, "learning_rate=1", "seed=0").runs()
+    assert run.axes == {"learning_rate": 1.0, "seed": 0}
+    assert isinstance(run.axes["learning_rate"], float)
+    assert run.run_id.startswith("lr-1.0_seed-0_")
+
+
+def test_hundred_thousand_runs_are_the_limit(study):
+    seeds = ",".join(map(str, range(501)))
+    rates = ",".join(f"{i}e-3" for i in range(1, 201))
+    text = message(lambda: study(MINIMAL, f"seed=[{seeds}]", f"learning_rate=[{rates}]"))
+    assert "200 learning_rate x 501 seed" in text
+    assert "100000" in text
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_set_values_narrow_axes_and_make_axes(study):
+    run = one(study, "stop.loss=0.01", "model.activation=relu", "record.spectra={every=5}", "title=Other words")
+    assert (run.stop.loss, run.model.activation, run.record.spectra) == (0.01, "relu", Cadence(every=5))
+    wide = MINIMAL + '[grid]\n"model.width" = [8, 4]\n'
+    assert {run.model.width for run in study(wide, "model.width=32").runs()} == {32}
+    assert {run.axes["model.width"] for run in study(wide, "model.width=[1,2]").runs()} == {1, 2}
+    assert {run.model.depth for run in study(MINIMAL, "grid.model.depth=[3,4]").runs()} == {3, 4}
+    assert {run.model.depth for run in study(wide, "grid.model={depth=[3,4]}").runs()} == {3, 4}
+    assert len(study(wide, "grid={model.depth=[3,4]}").runs()) == 16
+    assert study(MINIMAL, "title=Other words").title == "Other words"
+
+
+def test_narrowing_an_axis_keeps_the_ids(study):
+    wide = MINIMAL + '[grid]\n"model.width" = [8, 4]\n'
+    narrowed = {run.run_id for run in study(wide, "model.width=4").runs()}
+    assert narrowed == {run.run_id for run in study(wide).runs() if run.model.width == 4}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_override_of_the_kind_starts_the_table_afresh_in_any_order(study, order, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = MINIMAL.replace('name = "digits"', 'name = "digits"\nn = 100\ntarget = "parity"')
+    runs = study(text + '[grid]\n"data.n" = [50, 60]\n', *["data.file=xy.npz", "data.normalise=global"][::order]).runs()
+    assert {run.data for run in runs} == {File(file=str(tmp_path / "xy.npz"), normalise="global")}
+    (run, *_) = study(MINIMAL, *["model.import=a.b:net", "model.options.k=3"][::order]).runs()
+    assert run.model == Imported.model_validate({"import": "a.b:net", "options": {"k": 3}})
+
+
+def test_an_override_within_the_kind_keeps_the_other_keys(study):
+    run = one(study, "data.name=digits", "data.target=parity", "data.n=30")
+    assert run.data == Digits(n=30, target="parity")
+
+
+def test_files_are_relative_to_where_they_are_written(study, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = MINIMAL.replace('name = "digits"', 'file = "sub/xy.npz"')
+    assert study(text).runs()[0].data.file == str(tmp_path / "sub/xy.npz")
+    assert study(text, "data.file=xy.npz").runs()[0].data.file == str(tmp_path / "elsewhere/xy.npz")
+    axis = study(text + '[grid]\n"data.file" = ["a.npz", "../b.npz"]\n').runs()
+    assert [run.data.file for run in axis[:2]] == [str(tmp_path / "a.npz"), str(tmp_path.parent / "b.npz")]
+    assert [run.axes["data.file"] for run in axis[:2]] == ["a.npz", "b.npz"]
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_identity_ignores_what_does_not_change_the_numbers(study):
+    plain = one(study)
+    same = ["stop.loss=0.5", "stop.steps=99", "compute.commit_seconds=1", "title=x", "claims=['a']", "paper=p"]
+    assert one(study, *same).run_id == plain.run_id
+    assert one(study, *same).identity() == plain.identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.n=50", "data.target=parity", "model.width=63", "model.depth=3", "model.activation=relu",
+     "record.eigenpairs=3", "record.loss_levels=[0.1]", "record.spectra={every=9}", "record.scalars={}",
+     "record.snapshots={log=8,every=100}", "compute.threads=2", "compute.device=cuda:0", "compute.dtype=float64",
+     "learning_rate=0.30000000000000004", "seed=3", "data.file=xy.npz", "model.import=a:b"],
+)  # fmt: skip
+def test_identity_holds_what_changes_the_numbers(study, override):
+    assert study(MINIMAL, override).runs()[0].run_id[-8:] != one(study).run_id[-8:]
+
+
+def test_identity_is_plain_json_without_paths_and_does_not_depend_on_the_machine(study):
+    runs = [study(MINIMAL, f"data.file={folder}/xy.npz").runs()[0] for folder in ("/here", "/there/deep")]
+    assert runs[0].data != runs[1].data
+    assert runs[0].run_id == runs[1].run_id
+    assert runs[0].identity()["data"] == {"name": "file", "file": "xy.npz", "normalise": "none"}
+    assert json.loads(json.dumps(runs[0].identity())) == runs[0].identity()
+
+
+def test_defaults_are_part_of_the_identity(study):
+    spelled = one(study, "model.width=64", "data.n=300", "compute.threads=1", "record.scalars={every=1}")
+    assert spelled.identity() == one(study).identity()
+    assert spelled.identity()["model"] == {"name": "mlp", "width": 64, "depth": 2, "activation": "tanh"}
+
+
+def test_family_is_shared_by_processes_only(study):
+    run = one(study)
+    assert run.model_copy(update={"process": "gradient_flow"}).family == run.family
+    assert run.model_copy(update={"process": "gradient_flow"}).run_id != run.run_id
+    assert one(study, "model.width=3").family != run.family
+
+
+def test_loss_levels_are_sorted(study):
+    assert one(study, "record.loss_levels=[0.1,0.5,0.2]").record.loss_levels == (0.5, 0.2, 0.1)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text() | st.integers() | st.floats(-1, 1), max_size=8))
+def test_run_ids_are_short_and_safe_as_file_names(options):
+    axes = {f"model.options.{key}": value for key, value in options.items()}
+    run = RunConfig(learning_rate=0.1, data=Digits(), model=Mlp(), stop=Stop(steps=1), axes=axes)
+    assert len(run.run_id) <= 80
+    assert set(run.run_id) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    assert run.run_id.startswith("lr-0.1_seed-0")
+
+
+def test_a_run_survives_json_and_pickle(study, tmp_path):
+    for run in (one(study, "record.spectra={every=3,log=2}"), one(study, "data.file=a.npz", "model.import=a.b:c")):
+        assert pickle.loads(pickle.dumps(run)) == run
+        assert RunConfig.model_validate(json.loads(json.dumps(run.model_dump(by_alias=True, mode="json")))) == run
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+SAID = [
+    ("model.widht=64", '--set model.widht = 64: unknown key; did you mean "width"? (allowed: activation, depth, name,'),
+    ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, grid,"),
+    ("lerning_rate=1", '--set lerning_rate = 1: unknown key; did you mean "learning_rate"?'),
+    ("record.spectra={evry=5}", '--set record.spectra.evry = 5: unknown key; did you mean "every"? (allowed: every,'),
+    ("axes={a=1}", "axes: unknown key"),
+    ("data.name=digit", '--set data.name = "digit": must be one of digits, file; did you mean "digits"?'),
+    ("data={}", "--set data.name: missing; must be one of digits, file"),
+    ("data={name='digits',file='x.npz'}", 'with it, leave out data.name or say "file"'),
+    ("data.file=x.csv", "must be the path of an .npz file with the arrays x and y"),
+    ("data.n=1.5", "--set data.n = 1.5: must be a whole number"),
+    ("data.n=1798", "--set data.n = 1798: must be at most 1797"),
+    ("data.n=19", "record.eigenpairs = 20: must be at most data.n = 19"),
+    ("model=3", "--set model = 3: must be a table"),
+    ("model.width=0", "--set model.width = 0: must be at least 1"),
+    ("model.width=true", "--set model.width = true: must be a whole number"),
+    ("model.width=64.0", "--set model.width = 64.0: must be a whole number"),
+    ("model.width='64'", '--set model.width = "64": must be a whole number'),
+    ("model.width=[1,2]", 'to make it an axis: [grid] "model.width" = [...]'),
+    ("model.activation=rleu", 'must be one of tanh, relu, elu, gelu, silu; did you mean "relu"?'),
+    ("model.import=os.system", '--set model.import = "os.system": must be "package.module:callable"'),
+    ("model.import=a:b()", 'must be "package.module:callable"'),
+    ("learning_rate=-0.1", "--set learning_rate = -0.1: must be more than 0"),
+    ("learning_rate=0", "--set learning_rate = 0: must be more than 0"),
+    ("learning_rate=nan", "--set learning_rate = nan: must be a finite number"),
+    ("learning_rate=[0.1,inf]", "--set learning_rate[1] = inf: must be a finite number"),
+    ("learning_rate=fast", '--set learning_rate = "fast": must be a number'),
+    ("learning_rate=true", "--set learning_rate = true: must be a number"),
+    ("learning_rate=[]", "--set learning_rate = []: must be one value or a list of values"),
+    ("learning_rate=[1,1.0]", "--set learning_rate = [1, 1.0]: has the same value twice"),
+    ("learning_rate=[0.1,'a']", "the values of an axis must be of one type"),
+    ("learning_rate=[[0.1]]", "--set learning_rate = [[0.1]]: must be one value or a list of values"),
+    ("learning_rate=[0.1", "--set learning_rate=[0.1: not a TOML value"),
+    ("learning_rate=1\nseed=2", "not a TOML value: more than one value"),
+    ("learning_rate.x=1", '--set learning_rate.x: [0.1, 0.2] is a value, so it has no key "x"'),
+    ("seed=-1", "--set seed = -1: must be at least 0"),
+    ("seed=1.0", "--set seed = 1.0: must be a whole number"),
+    ("seed=4294967296", "--set seed = 4294967296: must be at most 4294967295"),
+    ("seed=99999999999999999999", "--set seed: the number has more than 64 bits"),
+    ("process=midpoint", '--set process = "midpoint": must be one of discrete'),
+    ("paper=os.path", '--set paper = "os.path": must be a name of letters, digits and underscores'),
+    ("claims=['a b']", '--set claims[0] = "a b": must be names of letters, digits and underscores'),
+    ("claims=one", '--set claims = "one": must be a list'),
+    ("title=3", "--set title = 3: must be text in quotes"),
+    ("title=''", '--set title = "": must not be empty'),
+    ("stop.steps=0", "--set stop.steps = 0: must be at least 1"),
+    ("stop={}", "--set stop.steps: missing"),
+    ("stop.steps.x=1", '--set stop.steps.x: 10 is a value, so it has no key "x"'),
+    ("stop.loss=0.0", "--set stop.loss = 0.0: must be more than 0"),
+    ("record.eigenpairs=301", "--set record.eigenpairs = 301: must be at most data.n = 300"),
+    ("record.loss_levels=[0.1,0.1]", "--set record.loss_levels = [0.1, 0.1]: has the same level twice"),
+    ("record.loss_levels=[0.1,-1]", "--set record.loss_levels[1] = -1: must be more than 0"),
+    ("record.scalars={every=0}", "--set record.scalars.every = 0: must be at least 1"),
+    ("record.scalars=5", "--set record.scalars = 5: must be a table"),
+    ("compute.device=tpu", '--set compute.device = "tpu": must be cpu, cuda, mps or a numbered one such as cuda:0'),
+    ("compute.dtype=float16", 'must be one of float32, float64; did you mean "float64"?'),
+    ("model.options.when=1979-05-27", "no key takes a date or a time"),
+    ("grid=3", "--set grid = 3: must be a table of axes"),
+    ("grid.model.widht=[1]", '--set grid.model.widht = 1: unknown key; did you mean "width"?'),
+    ("grid.stop.steps=[1,2]", "--set grid.stop.steps: does not tell runs apart, so it cannot be an axis"),
+    ("grid.compute.commit_seconds=[1,2]", "does not tell runs apart"),
+    ("grid.seed=[1,2]", "grid.seed: is a key at the top of the file, not an axis of [grid]"),
+    ("grid.model.width=[]", "--set grid.model.width = []: must be one value or a list of values"),
+    ("grid.model.width=[8,8]", "--set grid.model.width = [8, 8]: has the same value twice"),
+    ("grid.record.spectra=[{every=1}]", "must be one value or a list of values"),
+    ("grid={'model.width'=[1],model={width=[2]}}", "--set grid: an axis is given twice (axes: model.width,"),
+    ("grid.seed.x=[1]", "is a value, so it has no key"),
+    ("novalue", '--set "novalue": must be key=value, for example learning_rate=[0.1,0.2]'),
+    ("=3", "must be key=value"),
+    ("a..b=3", "must be key=value"),
+    ("model.options.s=\udcff", "must be UTF-8 text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "said"), SAID)
+def test_messages_say_key_value_rule_and_spelling(study, override, said):
+    text = message(lambda: study(MINIMAL, override))
+    assert said in text
+    assert_one_plain_line(text)
+
+
+def assert_one_plain_line(text):
+    assert text
+    assert text.isprintable(), text
+    assert "pydantic" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MINIMAL + "[loss", "study.toml: not valid TOML: "),
+        (MINIMAL + "width = ", "(at end of document)"),
+        ("title = 't'\nlearning_rate = 0.1 0.2", "(at line 2, column 21)"),
+        (b"title = '\xff'", "study.toml: not UTF-8 text (byte 9); save it as UTF-8"),
+        (b"#" * (MAX_BYTES + 1), "more than 1048576 bytes"),
+        ("a = " + "[" * 5000 + "]" * 5000, "study.toml: "),
+        (MINIMAL + "[model.options]\n" + "a." * 40 + "a = 1", "more than 16 tables or lists inside one another"),
+        (MINIMAL + "[model.options]\na = 0x" + "f" * 9000, "more than 64 bits"),
+        ("learning_rate = 0.1", "study.toml: title: missing"),
+        (MINIMAL.replace("learning_rate = [0.1, 0.2]", ""), "study.toml: learning_rate: missing"),
+        (MINIMAL.replace('[model]\nname = "mlp"', ""), "study.toml: model: the table [model] is missing"),
+        (MINIMAL.replace("[stop]\nsteps = 10", ""), "study.toml: stop: the table [stop] is missing"),
+        (MINIMAL + "stepps = 3\nlos = 4", "study.toml: stop.stepps = 3: unknown key; did you mean"),
+        (MINIMAL + "stepps = 3\nlos = 4", "(and 1 more)"),
+        (MINIMAL + '"a\\nb\\u2028" = 3', "stop.a\\nb\\u2028 = 3: unknown key"),
+    ],
+)
+def test_messages_about_files(study, text, said):
+    found = message(lambda: study(text))
+    assert said in found
+    assert_one_plain_line(found)
+
+
+def test_files_with_byte_order_mark_and_windows_line_ends(study):
+    assert study(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode()).runs() == study().runs()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("digts", 'digts: no such study; did you mean "digits"?'), ("nowhere/digits.toml", 'did you mean "digits"?'),
+     ("qqqq", "(shipped: digits, smoke"), ("qqqq", "path of a .toml")],
+)  # fmt: skip
+def test_a_study_that_is_not_there(name, said):
+    text = message(lambda: load_study(name), MissingError)
+    assert said in text
+    assert_one_plain_line(text)
+
+
+@pytest.mark.parametrize("name", [".", "x" * 5000, "a\0b"])
+def test_a_study_that_cannot_be_read(name):
+    assert "cannot be read: " in message(lambda: load_study(name))
+
+
+def test_runs_with_one_id_are_refused(study, tmp_path):
+    text = message(lambda: study(MINIMAL, "data.file=a.npz", "grid.data.file=['a/x.npz','b/x.npz']"))
+    assert "two points have the id" in text
+
+
+def test_imports_need_permission(study):
+    builtin, imported = study(), study(MINIMAL, "model.import=mine.nets:small")
+    assert not needs_import(builtin)
+    assert needs_import(imported)
+    check_imports_allowed(builtin, False)
+    check_imports_allowed(imported, True)
+    text = message(lambda: check_imports_allowed(imported, False))
+    assert 'model.import = "mine.nets:small"' in text
+    assert "--allow-imports" in text
+
+
+# --- fuzzing: whatever the file or the options hold, a study or one line --------------------------------------------
+
+
+def toml(value):
+    """A TOML value; tables are written inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value)
+
+
+KEYS = sorted({key for group in [Heading, RunConfig, CadenceTable, *TABLES.values()] for key in group.model_fields}
+              | {key for kinds in KINDS.values() for kind in kinds.values() for key in kind.model_fields}
+              | {"grid", "import", "model.width", "data.n", "record.spectra.every"})  # fmt: skip
+WORDS = ["digits", "file", "mlp", "mse", "gd", "import", "x.npz", "a:b", "tanh", "parity", "float64", "cuda:0", ""]
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+leaves = st.sampled_from([*WORDS, 0, 1, 2, 20, -1, 0.1, 0.5, True, 2**62, float("nan"), float("inf")]) | text
+keys = st.sampled_from(KEYS) | text
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+)
+
+
+def a_study_or_one_line(call):
+    try:
+        study = call()
+    except StudyError as error:
+        assert_one_plain_line(str(error))
+    else:
+        for run in study.runs():
+            assert RunConfig.model_validate(run.model_dump(by_alias=True)) == run
+
+
+fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzz
+@given(st.dictionaries(keys, values, max_size=5), st.booleans())
+def test_any_table_is_a_study_or_one_line(study, changes, merge):
+    raw = tomllib.loads(MINIMAL)
+    for key, value in changes.items():
+        table = raw.get(key)
+        raw[key] = table | value if merge and isinstance(table, dict) and isinstance(value, dict) else value
+    # json escapes DEL and surrogate pairs otherwise than TOML wants them: such a file may be invalid, never a traceback
+    a_study_or_one_line(lambda: study("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in raw.items())))
+
+
+@fuzz
+@given(st.lists(st.tuples(st.lists(keys, min_size=1, max_size=3).map(".".join), values.map(toml) | text), max_size=3))
+def test_any_override_is_a_study_or_one_line(study, pairs):
+    a_study_or_one_line(lambda: study(MINIMAL, *[f"{key}={value}" for key, value in pairs]))
+
+
+@fuzz
+@given(st.binary(max_size=40) | text.map(str.encode), st.integers(0, len(MINIMAL)))
+def test_any_bytes_are_a_study_or_one_line(study, junk, at):
+    content = MINIMAL.encode()
+    a_study_or_one_line(lambda: study(content[:at] + junk + content[at:]))
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+cadences = st.builds(
+    Cadence, every=st.none() | st.integers(1, 40), log=st.none() | st.integers(1, 12)
+)  # fmt: skip
+
+
+@given(cadences, st.integers(1, 300), st.integers(0, 4), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_row_capacity_is_what_a_run_needs_at_most(cadence, steps, levels, random):
+    record = Record(loss_levels=tuple(0.5**i for i in range(levels)), eigenpairs=2).model_copy(
+        update=dict.fromkeys(("snapshots", "spectra", "scalars"), cadence)
+    )
+    run = RunConfig(learning_rate=0.1, data=Digits(), model=Mlp(), stop=Stop(steps=steps), record=record)
+    rows = row_capacity(run)
+    due = {step for step in range(steps + 1) if cadence.due(step)}
+    spare = sorted(set(range(steps + 1)) - due)
+    # The worst that can happen: each level is met at a step that has no row yet, and so is the end.
+    random.shuffle(spare)
+    worst = due | set(spare[: levels + 1])
+    assert rows == {"scalars": len(worst), "snapshots": len(worst), "spectra": len(worst), "train": steps + 1}
+
+
+def test_row_capacity_of_a_billion_steps_is_counted_without_listing_them():
+    record = Record(spectra=Cadence(every=7, log=3), scalars=Cadence(log=1))
+    run = RunConfig(learning_rate=0.1, data=Digits(), model=Mlp(), stop=Stop(steps=10**9), record=record)
+    sparse = {0} | {round(10 ** (i / 3)) for i in range(28)}
+    assert row_capacity(run)["spectra"] == 10**9 // 7 + 1 + sum(step % 7 > 0 for step in sparse) + 1
+    assert row_capacity(run)["scalars"] == 12
+    assert row_capacity(run)["train"] == 10**9 + 1
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float64", 8)])
+def test_bytes_are_those_of_every_array(study, tmp_path, dtype, size):
+    path = save(tmp_path / "xy.npz", x=np.zeros((9, 3, 2)), y=np.zeros((9, 2)))
+    run = one(study, f"data.file={path}", "data.n=7", "model.width=5", "model.depth=1", "record.eigenpairs=4",
+              "record.snapshots={every=5}", "record.spectra={every=2}", "stop.steps=20", f"compute.dtype={dtype}",
+              "record.loss_levels=[0.1]")  # fmt: skip
+    (planned,) = plan([run]).runs
+    n, c, k, p = 7, 2, 4, (6 + 1) * 5 + (5 + 1) * 2
+    assert (planned.samples, planned.outputs, planned.parameters) == (n, c, p)
+    assert planned.rows == {"scalars": 21, "snapshots": 5 + 2, "spectra": 11 + 2, "train": 21}
+    row = 4 * 8 + 16  # step, learning_rate, seed, loss, and the digest
+    scalars = 4 * 8
+    spectra = 8 * k + 4 * n * k + size * n * c
+    kernels = 4 * n * n + size * p
+    expected = (
+        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 3 * 8)
+    )
+    expected += 8 * n + size * (n * 6 + n * c)
+    assert planned.nbytes == expected
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_parameters_are_those_of_the_network(shape, width, depth, outputs):
+    torch = pytest.importorskip("torch")
+    from pipeline.models import build_model
+
+    model = Mlp(width=width, depth=depth)
+    built = build_model(model, tuple(shape), outputs, 0, torch.float32)
+    assert model.parameters(int(np.prod(shape)), outputs) == sum(p.numel() for p in built.parameters())
+
+
+def test_an_imported_model_is_planned_without_its_parameters(study):
+    run = one(study)
+    imported = plan([one(study, "model.import=a.b:c")])
+    (known,) = plan([run]).runs
+    assert imported.runs[0].parameters is None
+    assert not imported.complete
+    assert imported.nbytes == known.nbytes - known.rows["snapshots"] * 4 * 8385
+
+
+def test_plan_reads_nothing_but_headers_and_sums_up(study, tmp_path):
+    # the arrays of this file are headers without values
+    with zipfile.ZipFile(tmp_path / "xy.npz", "w") as archive:
+        for name, shape in (("x", (10**6, 12)), ("y", (10**6,))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_2_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    planned = plan(study(MINIMAL, f"data.file={tmp_path}/xy.npz").runs())
+    assert {(run.samples, run.outputs) for run in planned.runs} == {(10**6, 1)}
+    assert len(planned.runs) == 4
+    assert planned.nbytes == 4 * planned.runs[0].nbytes
+
+
+def test_plan_refuses_data_that_cannot_be_used(study, tmp_path):
+    good = {"x": np.zeros((30, 2)), "y": np.zeros(30)}
+
+    def said(error=InputError, *overrides, **arrays):
+        path = save(tmp_path / "xy.npz", **arrays)
+        text = message(lambda: plan(study(MINIMAL, f"data.file={path}", *overrides).runs()), error)
+        assert_one_plain_line(text)
+        return text
+
+    assert plan(study(MINIMAL, f"data.file={save(tmp_path / 'xy.npz', **good)}").runs()).complete
+    assert "has no array y" in said(x=good["x"])
+    assert "must be (n, features...)" in said(x=np.zeros(30), y=good["y"])
+    assert "must be (n, features...)" in said(x=good["x"], y=np.zeros(29))
+    assert "must be (n, features...)" in said(x=np.zeros((30, 0)), y=good["y"])
+    assert "must be real numbers" in said(x=good["x"], y=np.zeros(30, complex))
+    assert "must be real numbers" in said(x=good["x"], y=np.array([{}] * 30))
+    assert "data.n = 31: must be at most 30" in said(InputError, "data.n=31", **good)
+    assert "record.eigenpairs = 31: must be at most n = 30" in said(InputError, "record.eigenpairs=31", **good)
+    text = message(lambda: plan(study(MINIMAL, f"data.file={tmp_path}/absent.npz").runs()), MissingError)
+    assert "absent.npz: no such file" in text
+
+
+@fuzz
+@given(st.data())
+def test_a_damaged_data_file_is_planned_or_one_line(tmp_path, data):
+    path = save(tmp_path / "xy.npz", x=np.zeros((4, 2)), y=np.zeros(4))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        File(file=str(path)).shape()
+    except NtkEosError as error:
+        assert_one_plain_line(str(error))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_describes_every_key_with_its_default_and_its_values():
+    rows = [line.split("|") for line in (REPO / "docs/studies.md").read_text().splitlines() if line.startswith("| `")]
+    page = [(key.strip().strip("`"), default.strip(), allowed) for _, key, _, default, allowed, *_ in rows]
+    tables = [("", Heading), ("", RunConfig), ("", CadenceTable)]
+    tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
+    tables += [(f"{name}.", table) for name, table in TABLES.items()]
+    expected = 1  # grid
+    for prefix, table in tables:
+        for name, info in table.model_fields.items():
+            key = prefix + (info.alias or name)
+            if key in {*KINDS, *TABLES, "axes"}:
+                continue
+            expected += 1
+            values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+            needed = key in ("data.name", "model.name") and values[0] in ("digits", "mlp")
+            if info.is_required() or needed:
+                defaults = {"required"}
+            elif info.default is None:
+                defaults = {"none", "all"}
+            elif isinstance(info.default, Cadence):
+                pairs = [f"{k} = {v}" for k, v in vars(info.default).items() if v]
+                defaults = {f"`{{ {', '.join(pairs)} }}`"}
+            else:
+                defaults = {f"`{json.dumps(info.default)}`"}
+            found = [
+                row for row in page
+                if row[0] == key and row[1] in defaults and all(f'`"{value}"`' in row[2] for value in values)
+            ]  # fmt: skip
+            assert len(found) == 1, f"{key} with default {defaults} and values {values}"
+    assert len(page) == expected
+
+
+def test_the_example_of_the_page_is_a_study(study):
+    page = (REPO / "docs/studies.md").read_text()
+    runs = study(page.split("```toml\n")[1].split("```")[0]).runs()
+    assert len(runs) == 8
+    assert {run.model.width for run in runs} == {32, 64}

@@ -1,0 +1,51 @@
+"""README's commands and snippets, run in order in one folder as a reader would."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+# What `make demo` leaves, in small: the readme's numbers need no exact store.
+DEMO = ["data.n=40", "model.width=8", "stop.steps=40", "learning_rate=[0.02, 0.1, 0.4]", "record.loss_levels=[0.45]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a digits store where the readme expects it."""
+    place = tmp_path_factory.mktemp("readme")
+    sets = [word for override in [*DEMO, "record.eigenpairs=20", "seed=0"] for word in ("--set", override)]
+    execute(place, "bash", "ntk-eos run digits " + " ".join(f"'{word}'" for word in sets))
+    return place
+
+
+def execute(place: Path, language: str, code: str) -> str:
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+    program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-W", "error", "-c"]}[language]
+    done = subprocess.run([*program, code], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_runs_and_prints(folder, number):
+    language, code = BLOCKS[number]
+    printed = execute(folder, language, code)
+    if "print(" in code or language == "bash":
+        assert printed.strip()
+
+
+def test_the_readme_has_what_the_tests_run():
+    assert [language for language, _ in BLOCKS].count("python") >= 3
+    assert [language for language, _ in BLOCKS].count("bash") >= 3
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README.read_text()))))
+def test_a_link_to_a_file_leads_somewhere(link):
+    assert link.startswith("https://") or (README.parent / link).exists()
