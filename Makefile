@@ -4,7 +4,7 @@ VENVS := .venv .venv-analysis .venv-plain
 SMOKE := .venv-plain/smoke
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench constraints clean
+.PHONY: help demo test reliability lint bench constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -14,9 +14,9 @@ demo: .venv/.stamp ## train the digits study, judge its claims, write its report
 	@.venv/bin/ntk-eos demo
 
 # One BLAS thread: the runs of a sweep are the parallelism, and the last bits of a sum do not depend on the machine's cores.
-test bench: export OMP_NUM_THREADS = 1
-test bench: export OPENBLAS_NUM_THREADS = 1
-test bench: export MKL_NUM_THREADS = 1
+test reliability bench: export OMP_NUM_THREADS = 1
+test reliability bench: export OPENBLAS_NUM_THREADS = 1
+test reliability bench: export MKL_NUM_THREADS = 1
 
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"
@@ -27,6 +27,9 @@ test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads wi
 	@rm -rf $(SMOKE)
 	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
 	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
+
+reliability: .venv/.stamp ## the longer tests, which kill and damage
+	@.venv/bin/pytest -q -m reliability
 
 lint: .venv/.stamp ## style, docstrings and types
 	@.venv/bin/ruff check

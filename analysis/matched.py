@@ -18,7 +18,8 @@ def at_loss(ds: xr.Dataset, level: float) -> xr.Dataset:
     """One row per run: the first one, in order of step, with loss <= level.
 
     Which rows these are depends on the losses, so `loss` is read at once if it is not in memory (8 bytes per row; a
-    sweep has it there, except in the group `train`). All other variables stay as lazy as they were.
+    sweep has it there, except in the group `train`). All other variables stay as lazy as they were; a measure of the
+    matched rows, `alignment(at_loss(ds, level))`, works on these rows alone.
 
     Args:
         ds: a sweep (rows along `snapshot`) or one run (rows along `step`).

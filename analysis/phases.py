@@ -50,7 +50,7 @@ def phases(ds: xr.Dataset) -> xr.Dataset:
         (s,). Means are NaN at the last row of a run, changes at the first and the last.
 
     Raises:
-        InputError: if a variable is missing.
+        InputError: if a variable is missing, or there are no rows.
     """
     require(ds, "phases", "ntk_sharpness", "learning_rate")
     runs = runs_of(ds)
@@ -68,7 +68,7 @@ def phases(ds: xr.Dataset) -> xr.Dataset:
         output_dtypes=[np.float64] * 4 + [np.int8],
         dask_gufunc_kwargs={"allow_rechunk": True},
     )
-    gap = max((int(np.diff(runs.step[rows]).max(initial=0)) for rows in runs.rows), default=0)
+    gap = max(int(np.diff(runs.step[rows]).max(initial=0)) for rows in runs.rows)
     mean_of = "Two-step mean (q_t + q_{t+1}) / 2 of recorded values of the"
     change_of = "Change q̄_t - q̄_{t-1} of the two-step mean of the"
     result = xr.Dataset(
@@ -112,7 +112,7 @@ def phase_summary(ds: xr.Dataset) -> xr.Dataset:
         last two rows; NaN for a single row) and `n_valid`, the rows that count.
 
     Raises:
-        InputError: if a variable is missing.
+        InputError: if a variable is missing, or there are no rows.
     """
     rows = ds if "phase" in ds else phases(ds)
     runs = runs_of(rows)
@@ -141,9 +141,9 @@ _SUMMARY: dict[str, tuple[type, str, str]] = {
     "crossing_step": (np.int64, "step of the first crossing", "First recorded step with sharpness > 2/η; -1 if none."),
     "kta_change_rising": (np.float64, "KTA change while sharpness rises", "Σ of KTA changes over rows eos_rising."),
     "kta_change_falling": (np.float64, "KTA change while sharpness falls", "Σ of KTA changes over rows eos_falling."),
-    "steps_rising": (np.float64, "steps with rising sharpness", "Σ (step_{t+1} - step_{t-1}) / 2 over rows eos_rising."),
+    "steps_rising": (np.float64, "steps of rising sharpness", "Σ (step_{t+1} - step_{t-1}) / 2 over rows eos_rising."),
     "steps_falling": (
-        np.float64, "steps with falling sharpness", "Σ (step_{t+1} - step_{t-1}) / 2 over rows eos_falling.",
+        np.float64, "steps of falling sharpness", "Σ (step_{t+1} - step_{t-1}) / 2 over rows eos_falling.",
     ),
     "kta_gain_rising": (np.float64, "KTA gain per rising step", "kta_change_rising / steps_rising; NaN if none."),
     "kta_gain_falling": (np.float64, "KTA gain per falling step", "kta_change_falling / steps_falling; NaN if none."),
@@ -203,7 +203,9 @@ def _summary(
     step: NDArray[np.int64],
 ) -> tuple[NDArray[Any], ...]:
     """The columns of `_SUMMARY`, each with one entry per run."""
-    table = {name: np.empty(len(rows_of_runs), dtype) for name, (dtype, _, _) in _SUMMARY.items()}
+    table: dict[str, NDArray[Any]] = {
+        name: np.empty(len(rows_of_runs), dtype) for name, (dtype, _, _) in _SUMMARY.items()
+    }
     for run, rows in enumerate(rows_of_runs):
         above = sharpness[rows] > line[rows]
         table["crossed"][run] = above.any()

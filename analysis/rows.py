@@ -42,7 +42,7 @@ def runs_of(ds: xr.Dataset) -> Runs:
         ds: rows along `snapshot` or `step`, with the coordinate `run` where there are rows of several runs.
 
     Raises:
-        InputError: if there are no rows, or a run has two rows of the same step.
+        InputError: if there are no rows, or a run has two of the same step.
     """
     dim = next((name for name in ROW_DIMS if name in ds.dims), None)
     if dim is None:
@@ -52,6 +52,8 @@ def runs_of(ds: xr.Dataset) -> Runs:
         )
     require(ds, "grouping rows by run", "step")
     step = np.asarray(ds["step"])
+    if not len(step):
+        raise InputError(f"this dataset has no rows along `{dim}`: choose fewer conditions, or runs that have rows")
     labels = np.asarray(ds["run"]) if "run" in ds.coords else str(ds.attrs.get("run", "run"))
     codes, names = pd.factorize(np.broadcast_to(labels, step.shape))
     order = np.lexsort((step, codes))
@@ -63,8 +65,7 @@ def runs_of(ds: xr.Dataset) -> Runs:
             "names: open them with analysis.open_sweep(root), which names the run of each row"
         )
     bounds = np.flatnonzero(np.diff(codes[order])) + 1
-    rows = np.split(order, bounds) if len(order) else []
-    return Runs(dim, [str(name) for name in names], rows, step)
+    return Runs(dim, [str(name) for name in names], np.split(order, bounds), step)
 
 
 def one_row_per_run(ds: xr.Dataset, runs: Runs, positions: Sequence[int] | NDArray[np.intp]) -> xr.Dataset:

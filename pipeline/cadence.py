@@ -4,6 +4,7 @@ Loss levels, the first and the last step are recorded in every group whatever it
 compared at matched loss; a cadence names the steps beside those.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,3 +56,23 @@ class Cadence:
             points = int(np.ceil(self.log * np.log10(max(last, 1)))) + 1
             found.update(step for i in range(points + 1) if (step := round(10 ** (i / self.log))) <= last)
         return np.array(sorted(found), dtype=np.int64)
+
+    def count(self, last: int) -> int:
+        """Number of `steps(last)`, without listing the regular ones, of which there may be a billion."""
+        sparse = Cadence(log=self.log).steps(last)
+        if self.every is None:
+            return len(sparse)
+        return last // self.every + 1 + int(np.count_nonzero(sparse % self.every))
+
+
+def row_capacity(cadences: Mapping[str, Cadence], levels: int, steps: int) -> dict[str, int]:
+    """The most rows that each growing group of a run can get.
+
+    Args:
+        cadences: of `scalars`, `snapshots` and `spectra`, as far as they are recorded.
+        levels: number of loss levels, each of which may add a row; the last step may add another.
+        steps: updates planned; `train` gets a row at each step from 0 on.
+    """
+    every_step = steps + 1
+    rows = {group: min(cadence.count(steps) + levels + 1, every_step) for group, cadence in cadences.items()}
+    return rows | {"train": every_step}

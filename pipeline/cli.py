@@ -202,9 +202,12 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     from pipeline.store import FINAL, open_root
     from pipeline.sweep import sweep
 
-    runs = study.runs()
-    plan_runs(runs)  # refuses data that cannot be used before anything is written
+    # Planning first refuses data that cannot be used, before anything is written.
+    runs = [planned.config for planned in plan_runs(study.runs(), root) if planned.state != "done"]
     open_root(root)
+    if not runs:
+        click.echo(f"nothing to do: all {len(study.runs())} runs of {study.name} in {root} are done", err=True)
+        return 0
     attrs = {"title": study.title, "study": study.name, "paper": study.paper, "claims": list(study.claims)}
     outcomes = []
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
@@ -227,7 +230,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
     if not failed:
         return 0
-    return 3 if len(failed) < len(runs) else failed[0].exit_code
+    return 3 if len(failed) < len(study.runs()) else failed[0].exit_code
 
 
 class _Signals:

@@ -1,4 +1,4 @@
-"""Study files: TOML -> validated keys -> a grid of runs -> a plan of rows and bytes.
+"""Study files: TOML -> validated keys -> a grid of runs.
 
 A study file is the whole description of an experiment; `docs/studies.md` lists every key. This module reads it without
 importing torch or xarray, and without importing or opening anything that the file names: a study that asks for a
@@ -43,7 +43,6 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from pipeline import schema
 from pipeline.cadence import Cadence
 from pipeline.errors import InputError, MissingError, StudyError
 
@@ -168,6 +167,14 @@ class Stop(Table):
     loss: Positive | None = None
     steps: Count
 
+    def reached(self, loss: float) -> bool:
+        """Whether a run may end at this loss."""
+        return self.loss is not None and loss < self.loss
+
+    def asks_for_more(self, last_step: int, lowest_loss: float) -> bool:
+        """Whether a complete run is short of what its study asks for by now: a smaller loss, or more steps."""
+        return last_step < self.steps and not self.reached(lowest_loss)
+
 
 class CadenceTable(Table):
     """{ every = m }, { log = points per decade }, both, or {}: first, last and loss levels only."""
@@ -199,6 +206,11 @@ class Record(Table):
     snapshots: CadenceKey = Cadence(log=8)
     spectra: CadenceKey = Cadence(every=10)
     scalars: CadenceKey = Cadence(every=1)
+
+    @property
+    def cadences(self) -> dict[str, Cadence]:
+        """The cadence of each group that has one."""
+        return {"scalars": self.scalars, "snapshots": self.snapshots, "spectra": self.spectra}
 
 
 class Compute(Table):
@@ -718,104 +730,6 @@ def _show(value: Any) -> str:
 def _line(message: str) -> str:
     """One printable line, whatever keys and values it quotes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
-
-
-# --- planning -------------------------------------------------------------------------------------------------------
-
-
-def row_capacity(run: RunConfig) -> dict[str, int]:
-    """The most rows that each growing group of a run can get.
-
-    The cadence's steps, one row for each loss level and the last one; in `train` every step from 0 to `stop.steps`.
-    """
-    every_step = run.stop.steps + 1
-    extra = len(run.record.loss_levels) + 1
-    cadences = {"scalars": run.record.scalars, "snapshots": run.record.snapshots, "spectra": run.record.spectra}
-    rows = {group: min(_count(cadence, run.stop.steps) + extra, every_step) for group, cadence in cadences.items()}
-    return rows | {"train": every_step}
-
-
-def _count(cadence: Cadence, last: int) -> int:
-    # len(cadence.steps(last)) without listing the regular steps, of which there may be a billion.
-    sparse = Cadence(log=cadence.log).steps(last)
-    if cadence.every is None:
-        return len(sparse)
-    return last // cadence.every + 1 + int(np.count_nonzero(sparse % cadence.every))
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What one run will hold.
-
-    Attributes:
-        run_id: name of its store.
-        rows: the most rows of each group.
-        samples: n.
-        outputs: c.
-        parameters: p, or None where only the imported model knows it; `nbytes` is then without parameters.
-        nbytes: of all arrays, uncompressed.
-    """
-
-    run_id: str
-    rows: dict[str, int]
-    samples: int
-    outputs: int
-    parameters: int | None
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs of a study, in the order of the grid."""
-
-    runs: tuple[RunPlan, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all runs, uncompressed."""
-        return sum(run.nbytes for run in self.runs)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the bytes include the parameters of every run."""
-        return all(run.parameters is not None for run in self.runs)
-
-
-def plan(runs: Iterable[RunConfig]) -> Plan:
-    """Count the rows and bytes of runs, opening nothing but the headers of the data files.
-
-    Raises:
-        MissingError: if a data file does not exist.
-        InputError: if a data file cannot be used, or `data.n` or `record.eigenpairs` is more than it holds.
-    """
-    shape = functools.cache(lambda data: data.shape())
-    planned = []
-    for run in runs:
-        samples, features, outputs = shape(run.data)
-        if run.record.eigenpairs > samples:
-            raise InputError(f"record.eigenpairs = {run.record.eigenpairs}: must be at most n = {samples}")
-        parameters = run.model.parameters(math.prod(features), outputs)
-        rows = row_capacity(run)
-        nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
-        planned.append(RunPlan(run.run_id, rows, samples, outputs, parameters, nbytes))
-    return Plan(tuple(planned))
-
-
-def _nbytes(
-    run: RunConfig, rows: dict[str, int], samples: int, features: tuple[int, ...], outputs: int, parameters: int
-) -> int:
-    sizes = {
-        "step": 1, "sample": samples, "sample2": samples, "output": outputs, "eig": run.record.eigenpairs,
-        "parameter_index": parameters, "byte": 16,
-    }  # fmt: skip
-
-    def size(variable: schema.Variable) -> int:
-        itemsize = np.dtype(run.compute.dtype if variable.dtype == "model" else variable.dtype).itemsize
-        return itemsize * math.prod(sizes[dim] for dim in variable.dims)
-
-    growing = sum(count * sum(map(size, schema.row_variables(group))) for group, count in rows.items())
-    probe = {name: size(variable) for name, variable in schema.PROBE.items()}
-    return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)
 
 
 def _npz_shape(where: str, file: str, name: str) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """What `run` would do: how each run of a study stands, the rows and bytes it gets, and the time it takes at most."""
 
+import functools
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -7,35 +9,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, RunPlan, Study, needs_import, plan
+import numpy as np
+
+from pipeline import schema
+from pipeline.cadence import row_capacity
+from pipeline.config import RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
-from pipeline.store import RECORD, Run, read_run, run_path
+from pipeline.errors import InputError
+from pipeline.store import RECORD, read_run, run_path
 
 TIMED_STEPS = 40
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan.
+    """What one run will hold, and how far it is.
 
     Attributes:
         config: the run.
-        sizes: its rows and bytes.
-        state: new, resume (unfinished), continue (finished, and the study asks for more), done or running.
+        rows: the most rows of each group.
+        samples: n.
+        outputs: c.
+        parameters: p, or None where only the imported model knows it; `nbytes` is then without parameters.
+        nbytes: of all arrays, uncompressed.
+        state: new, resume (unfinished), continue (finished, and the study asks for more), running or done.
     """
 
     config: RunConfig
-    sizes: RunPlan
+    rows: dict[str, int]
+    samples: int
+    outputs: int
+    parameters: int | None
+    nbytes: int
     state: str
 
     def as_row(self) -> dict[str, Any]:
-        """For printing: the axes, the state, and the rows at most."""
-        rows = {f"{group}_rows": count for group, count in self.sizes.rows.items()}
-        return {"run": self.config.run_id, **self.config.axes, "state": self.state, **rows, "bytes": self.sizes.nbytes}
+        """For printing: the axes, the state, and the rows and bytes at most."""
+        rows = {f"{group}_rows": count for group, count in self.rows.items()}
+        return {"run": self.config.run_id, **self.config.axes, "state": self.state, **rows, "bytes": self.nbytes}
 
 
 @dataclass(frozen=True)
-class StudyPlan:
+class Plan:
     """The runs of a study and what is left of them.
 
     Attributes:
@@ -46,52 +61,65 @@ class StudyPlan:
     runs: tuple[Planned, ...]
     seconds: float | None
 
-    @property
-    def left(self) -> list[Planned]:
-        """Runs that are not done."""
-        return [run for run in self.runs if run.state != "done"]
-
     def summary(self) -> str:
-        """A line to read."""
-        nbytes = sum(run.sizes.nbytes for run in self.left)
-        known = all(run.sizes.parameters is not None for run in self.runs)
-        size = f"at most {bytes_text(nbytes)} uncompressed" + (
-            "" if known else ", the imported model's parameters apart"
-        )
+        """One line to read."""
+        left = [run for run in self.runs if run.state != "done"]
+        size = f"at most {bytes_text(sum(run.nbytes for run in left))} uncompressed"
+        if any(run.parameters is None for run in left):
+            size += " and the imported model's parameters"
         time = (
-            "time unknown: the study imports its model"
-            if self.seconds is None
-            else f"at most {seconds_text(self.seconds)}"
+            "time unknown: the model is the user's" if self.seconds is None else f"at most {seconds_text(self.seconds)}"
         )
-        return f"{len(self.left)} of {len(self.runs)} runs to do, {size}, {time}"
+        return f"{len(left)} of {len(self.runs)} runs to do, {size}, {time}"
 
 
-def plan_study(study: Study, root: str, workers: int | None = None) -> StudyPlan:
+def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:
+    """Count rows and bytes of runs, opening nothing but their records and the headers of the data files.
+
+    Args:
+        runs: points of a grid.
+        root: folder of the store, which need not exist.
+
+    Raises:
+        MissingError: if a data file does not exist.
+        InputError: if a data file cannot be used, or `data.n` or `record.eigenpairs` is more than it holds.
+    """
+    shape = functools.cache(lambda data: data.shape())
+    planned = []
+    for run in runs:
+        samples, features, outputs = shape(run.data)
+        if run.record.eigenpairs > samples:
+            raise InputError(f"record.eigenpairs = {run.record.eigenpairs}: must be at most n = {samples}")
+        parameters = run.model.parameters(math.prod(features), outputs)
+        rows = row_capacity(run.record.cadences, len(run.record.loss_levels), run.stop.steps)
+        nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
+        planned.append(Planned(run, rows, samples, outputs, parameters, nbytes, _state(run, root)))
+    return tuple(planned)
+
+
+def plan_study(study: Study, root: str, workers: int | None = None) -> Plan:
     """Plan a study for a store that may exist already; nothing is written to it.
 
     The time is that of a few steps, measured here, times the steps left: runs that reach their loss end earlier.
+
+    Args:
+        study: what would be run.
+        root: folder of the store.
+        workers: runs at a time; cores divided by the threads of a run by default.
 
     Raises:
         MissingError: if a data file does not exist.
         InputError: if a data file cannot be used.
     """
-    configs = study.runs()
-    runs = tuple(
-        Planned(config, sizes, _state(config, root)) for config, sizes in zip(configs, plan(configs).runs, strict=True)
-    )
+    runs = plan_runs(study.runs(), root)
     left = [run.config for run in runs if run.state != "done"]
     if not left:
-        return StudyPlan(runs, 0.0)
+        return Plan(runs, 0.0)
     if needs_import(study):
-        return StudyPlan(runs, None)
+        return Plan(runs, None)
     cores = max(1, (os.cpu_count() or 1) // max(run.compute.threads for run in left))
     steps = sum(run.stop.steps for run in left)
-    return StudyPlan(runs, steps * _seconds_per_step(left[0]) / min(workers or cores, len(left)))
-
-
-def plan_runs(runs: Iterable[RunConfig]) -> None:
-    """Refuse what could not be trained: data that are missing or too small. Opens only the headers of files."""
-    plan(runs)
+    return Plan(runs, steps * _seconds_per_step(left[0]) / min(workers or cores, len(left)))
 
 
 def _state(config: RunConfig, root: str) -> str:
@@ -99,28 +127,37 @@ def _state(config: RunConfig, root: str) -> str:
     if not Path(path, RECORD).exists():
         return "new"
     run = read_run(path)
-    if run.status in ("running", "diverged"):
-        return {"running": "running", "diverged": "done"}[run.status]
+    if run.status == "diverged":
+        return "done"
     if run.status != "complete":
-        return "resume"
-    return "continue" if wants_more(config, run) else "done"
-
-
-def wants_more(config: RunConfig, run: Run) -> bool:
-    """Whether a complete run is short of what its study asks for by now: a smaller loss, or more steps."""
-    last = run.attrs["last_step"]
-    losses = run.read("train/loss")
-    return last < config.stop.steps and (config.stop.loss is None or losses.min() >= config.stop.loss)
+        return "running" if run.status == "running" else "resume"
+    more = config.stop.asks_for_more(run.attrs["last_step"], float(run.read("train/loss").min()))
+    return "continue" if more else "done"
 
 
 def _seconds_per_step(config: RunConfig) -> float:
-    """Median over a few steps of a throw-away run with the cadences of the study."""
-    import numpy as np
-
-    from pipeline.train import train
+    """Mean over a few steps of a throw-away run with the cadences of the study, the first ones left out."""
+    from pipeline.train import train  # imports torch, which only this needs
 
     short = config.model_copy(update={"stop": config.stop.model_copy(update={"steps": TIMED_STEPS, "loss": None})})
     with tempfile.TemporaryDirectory() as folder:
         train(short, folder)
         times = read_run(run_path(folder, short.run_id)).read("train/wall_time")
     return float(np.diff(times)[TIMED_STEPS // 2 :].mean())
+
+
+def _nbytes(
+    run: RunConfig, rows: dict[str, int], samples: int, features: tuple[int, ...], outputs: int, parameters: int
+) -> int:
+    sizes = {
+        "step": 1, "sample": samples, "sample2": samples, "output": outputs, "eig": run.record.eigenpairs,
+        "parameter_index": parameters, "byte": 16,
+    }  # fmt: skip
+
+    def size(variable: schema.Variable) -> int:
+        itemsize = np.dtype(run.compute.dtype if variable.dtype == "model" else variable.dtype).itemsize
+        return itemsize * math.prod(sizes[dim] for dim in variable.dims)
+
+    growing = sum(count * sum(map(size, schema.row_variables(group))) for group, count in rows.items())
+    probe = {name: size(variable) for name, variable in schema.PROBE.items()}
+    return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)

@@ -34,7 +34,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline import schema, zarr3
-from pipeline.cadence import Cadence
+from pipeline.cadence import Cadence, row_capacity
 from pipeline.errors import InputError
 from pipeline.kernels import NTK
 from pipeline.provenance import environment_changes, provenance
@@ -181,7 +181,7 @@ class Recorder:
             },
             dims={"sample": self._n, "sample2": self._n, "output": self._c, "eig": self._k, "parameter_index": p},
             groups=groups,
-            capacity=self._capacity(),
+            capacity=row_capacity(self._cadences, len(self._levels), self.steps),
             probe=arrays,
             dtype=dtype,
             attributes={"snapshots/parameter": names},
@@ -219,9 +219,10 @@ class Recorder:
         return self._open_writer().status
 
     @property
-    def last_step(self) -> int | None:
-        """Newest step that has a row."""
-        return self._open_writer().last_step
+    def last_step(self) -> int:
+        """Newest step that has a row; -1 if there is none."""
+        last = self._open_writer().last_step
+        return -1 if last is None else last
 
     @property
     def lowest_loss(self) -> float:
@@ -230,7 +231,7 @@ class Recorder:
 
     def extend(self) -> None:
         """Take up a complete run again, to go on to `steps`."""
-        self._open_writer().reopen(self._capacity())
+        self._open_writer().reopen(row_capacity(self._cadences, len(self._levels), self.steps))
 
     def record(self, step: int, *, loss: float, last: bool = False, **train: float) -> bool:
         """Measure the model as it is at `step`, before its update.
@@ -317,12 +318,6 @@ class Recorder:
         if self._writer is None:
             raise InputError("this Recorder is not open: use it as `with recorder: ...`")
         return self._writer
-
-    def _capacity(self) -> dict[str, int]:
-        """Rows planned per group: its cadence, one per loss level, one to close the run."""
-        extra = len(self._levels) + 1
-        planned = {group: len(cadence.steps(self.steps)) + extra for group, cadence in self._cadences.items()}
-        return planned | {"train": self.steps + 1 + extra}
 
     def _commit(self, step: int, **facts: float) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}

@@ -64,7 +64,7 @@ def train(
             seed=run.seed,
             steps=run.stop.steps,
             run_id=run.run_id,
-            cadences={name: getattr(run.record, name) for name in ("snapshots", "spectra", "scalars")},
+            cadences=run.record.cadences,
             loss_levels=run.record.loss_levels,
             eigenpairs=run.record.eigenpairs,
             train=("loss", "accuracy", "grad_norm") if data.labels else ("loss", "grad_norm"),
@@ -73,9 +73,8 @@ def train(
             threads=run.compute.threads,
             commit_seconds=run.compute.commit_seconds,
         )
-        goal = -math.inf if run.stop.loss is None else run.stop.loss
         with recorder:
-            if recorder.status == "complete" and recorder.lowest_loss >= goal and recorder.last_step < run.stop.steps:
+            if recorder.status == "complete" and run.stop.asks_for_more(recorder.last_step, recorder.lowest_loss):
                 recorder.extend()
             state |= {name: tensor.to(device) for name, tensor in recorder.restored_state.items()}
             for step in recorder:
@@ -86,7 +85,7 @@ def train(
                 if data.labels:
                     measured["accuracy"] = accuracy(prediction.detach(), y)
                 value = loss.item()
-                if not recorder.record(step, loss=value, last=value < goal, **measured):
+                if not recorder.record(step, loss=value, last=run.stop.reached(value), **measured):
                     break
                 if should_stop():
                     recorder.interrupt(step)

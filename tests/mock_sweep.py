@@ -6,17 +6,19 @@ learning rates are a grid with two seeds each; the last run diverged after two r
 
 from collections.abc import Sequence
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pipeline.schema import GROUPS, PROBE, ROW
+from pipeline.schema import CONVENTIONS, GROUPS, PROBE, ROW, Variable
 
 LEARNING_RATES = (0.1, 0.4)
 SEEDS = (0, 1)
 STEPS = (0, 1, 10, 100)
 DIVERGED = (0.8, 0)
 DIVERGED_ROWS = 2
+BLOCK_ROWS = 3  # rows that one block of a lazy array holds; blocks end with their run
 
 
 def mock_kernel(rng: np.random.Generator, n: int, y: np.ndarray, pull: float) -> np.ndarray:
@@ -83,28 +85,36 @@ def mock_sweep(
             states.append(status)
             losses.append((0.5 if status == "complete" else 2.0) ** position * (1 + 0.1 * s) / 2)
             targets.append(y)
-    levels = pd.MultiIndex.from_tuples(index, names=["learning_rate", "seed", "step"])
-    run_lengths = tuple(len(list(steps[:length])) for *_, length in runs)
+    ends = np.flatnonzero(np.array(index)[1:, -1] == 0) + 1
+    blocks = tuple(
+        min(BLOCK_ROWS, len(run) - i) for run in np.split(targets, ends) for i in range(0, len(run), BLOCK_ROWS)
+    )
     variables = {}
     for name, variable in GROUPS[group].items():
         stack = np.array(losses) if name == "loss" else np.stack([row[name] for row in rows])
-        dims = ("snapshot", *variable.dims[1:])
-        chunks = (1 if stack.ndim > 2 else run_lengths, *stack.shape[1:])
-        attrs = {"long_name": variable.long_name, "units": variable.units, "description": variable.description}
-        variables[name] = xr.Variable(dims, stack, attrs).chunk(dict(zip(dims, chunks, strict=True)))
-    target = xr.Variable(("snapshot", "sample", "output"), np.stack(targets).astype(dtype), {"long_name": "target"})
-    variables["target"] = target.chunk({"snapshot": run_lengths})
-    assert variables.keys() <= GROUPS[group].keys() | PROBE.keys()
-    coords = xr.Coordinates.from_pandas_multiindex(levels, "snapshot")
-    ds = xr.Dataset(variables, coords).assign_coords(run=("snapshot", names), status=("snapshot", states))
+        lazy = da.from_array(stack, chunks=(blocks, *stack.shape[1:]))
+        variables[name] = (("snapshot", *variable.dims[1:]), lazy, described(variable))
+    # as in a store, the targets of a run are one array, repeated without a copy
+    repeated = [
+        da.broadcast_to(da.from_array(run[:1].astype(dtype)), run.shape, chunks=(BLOCK_ROWS, n, c))
+        for run in np.split(targets, ends)
+    ]
+    variables["target"] = (("snapshot", "sample", "output"), da.concatenate(repeated), described(PROBE["target"]))
+    levels = pd.MultiIndex.from_tuples(index, names=["learning_rate", "seed", "step"])
+    coords = {"run": ("snapshot", names), "status": ("snapshot", states)}
     if group != "train":
-        attrs = {"long_name": ROW["loss"].long_name, "units": "1", "description": ROW["loss"].description}
-        ds = ds.assign_coords(loss=("snapshot", np.array(losses), attrs))
-    return ds
+        coords["loss"] = ("snapshot", np.array(losses), described(ROW["loss"]))
+    ds = xr.Dataset(variables, attrs={"Conventions": CONVENTIONS, "group": group})
+    return ds.assign_coords(xr.Coordinates.from_pandas_multiindex(levels, "snapshot")).assign_coords(coords)
+
+
+def described(variable: Variable) -> dict[str, str]:
+    """The attributes of a variable of the store."""
+    return {"long_name": variable.long_name, "units": variable.units, "description": variable.description}
 
 
 def one_run(ds: xr.Dataset, run: str) -> xr.Dataset:
     """The rows of one run as plain xarray opens a group of it: along `step`, lazy row coordinates, no names."""
     rows = ds.isel(snapshot=np.flatnonzero(ds.run == run)).reset_index("snapshot").drop_vars(["run", "status"])
     rows = rows.assign_coords({name: rows[name].chunk() for name in ("learning_rate", "seed", "loss") if name in rows})
-    return rows.swap_dims(snapshot="step").set_xindex("step") if "step" not in rows.indexes else rows
+    return rows.swap_dims(snapshot="step")

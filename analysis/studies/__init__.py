@@ -1,4 +1,4 @@
-"""One module per paper: its claims (`CLAIMS`), its figures (`FIGURES`) and whose choices a study of it makes (`CHOICES`).
+"""One module per paper: its `CLAIMS`, its `FIGURES`, and in `CHOICES` which settings are the paper's and which ours.
 
 A study file names its paper; the module is imported when a store of that study is first asked about it.
 """
@@ -6,13 +6,10 @@ A study file names its paper; the module is imported when a store of that study 
 import os
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+from analysis.plots import FIGURES, Drawing
 from pipeline.errors import InputError
 from pipeline.store import list_runs
-
-if TYPE_CHECKING:
-    from analysis.plots import Drawing
 
 PAPERS = {"jiang2025": "analysis.studies.jiang2025"}
 
@@ -29,13 +26,15 @@ def paper(name: str) -> ModuleType:
 
 
 def papers(root: str | os.PathLike[str]) -> list[ModuleType]:
-    """The modules of the papers that the runs of a store name, each once."""
+    """The modules of the papers that the runs of a store name, each once.
+
+    Raises:
+        InputError: if a run names one that is not known here.
+    """
     named = dict.fromkeys(run.attrs["paper"] for run in list_runs(root) if run.attrs.get("paper"))
     return [paper(name) for name in named]
 
 
-def figures(root: str | os.PathLike[str]) -> dict[str, "Drawing"]:
-    """The figures of a store by name: the general ones, or a paper's own in their place and beside them."""
-    from analysis import plots  # judging claims does not need matplotlib
-
-    return plots.FIGURES | {name: figure for module in papers(root) for name, figure in module.FIGURES.items()}
+def figures(root: str | os.PathLike[str]) -> dict[str, Drawing]:
+    """The figures of a store by name: those that every store can have drawn, and its papers' own in their place."""
+    return FIGURES | {name: figure for module in papers(root) for name, figure in module.FIGURES.items()}

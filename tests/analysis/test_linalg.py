@@ -120,7 +120,9 @@ def test_eigenvalues_of_a_kernel_that_is_not_finite_are_missing_and_alone(bad, m
     np.testing.assert_array_equal(values[[0, 2]], whole[[0, 2]])
 
 
-@pytest.mark.parametrize("chunks", [{"snapshot": 1}, {"snapshot": 2, "sample": 2}, {"sample": 3, "sample2": 2}], ids=str)
+@pytest.mark.parametrize(
+    "chunks", [{"snapshot": 1}, {"snapshot": 2, "sample": 2}, {"sample": 3, "sample2": 2}], ids=str
+)
 def test_chunks_change_no_bit_and_nothing_is_computed_early(chunks, no_compute):
     kernel, y = stacks(4, 5, 2, seed=3, dtype=np.float32)
     lazy_kernel, lazy_y = kernel.chunk(chunks), y.chunk({"snapshot": 4, "sample": 2})

@@ -3,14 +3,13 @@ import pickle
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
 from pipeline.cadence import Cadence
 from pipeline.config import (
@@ -29,49 +28,12 @@ from pipeline.config import (
     check_imports_allowed,
     load_study,
     needs_import,
-    plan,
-    row_capacity,
     shipped,
 )
-from pipeline.errors import InputError, MissingError, NtkEosError, StudyError
+from pipeline.errors import MissingError, StudyError
+from pipeline.plan import plan_runs
 
 REPO = Path(__file__).parents[2]
-MINIMAL = """
-title = "t"
-learning_rate = [0.1, 0.2]
-seed = [0, 1]
-[data]
-name = "digits"
-[model]
-name = "mlp"
-[stop]
-steps = 10
-"""
-
-
-@pytest.fixture
-def study(tmp_path):
-    """Writes a study file and loads it."""
-
-    def load(text=MINIMAL, *overrides):
-        path = tmp_path / "study.toml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load_study(path, overrides)
-
-    return load
-
-
-def one(study, *overrides):
-    """The only run of the minimal study at learning rate 0.1 and seed 0, after overrides."""
-    (run,) = study(MINIMAL, "learning_rate=0.1", "seed=0", *overrides).runs()
-    return run
-
-
-def message(call, error=StudyError):
-    with pytest.raises(error, match=r".") as caught:
-        call()
-    assert type(caught.value) is error
-    return str(caught.value)
 
 
 # --- shipped studies -------------------------------------------------------------------------------------------------
@@ -96,7 +58,7 @@ def test_digits_is_the_study_that_was_agreed():
         )
         assert run.axes == {"learning_rate": run.learning_rate, "seed": run.seed}
     assert (study.name, study.paper, len(study.claims)) == ("digits", "jiang2025", 5)
-    assert {run.parameters for run in plan(runs).runs} == {8385}
+    assert {run.parameters for run in plan_runs(runs, "nowhere")} == {8385}
 
 
 def test_ids_of_the_shipped_study_never_change():
@@ -109,13 +71,13 @@ def test_ids_of_the_shipped_study_never_change():
 def test_every_shipped_study_loads_and_plans():
     assert {"digits", "smoke"} <= set(shipped())
     for name in shipped():
-        assert plan(load_study(name).runs()).complete
+        assert all(run.parameters for run in plan_runs(load_study(name).runs(), "nowhere"))
 
 
 def test_importing_it_is_light_and_loading_imports_nothing_of_the_users():
     code = (
-        "import sys; from pipeline.config import load_study, plan; "
-        "study = load_study('smoke', ['model.import=no_such_package.at_all:net']); plan(study.runs()); "
+        "import sys; from pipeline.config import load_study; from pipeline.plan import plan_runs; "
+        "study = load_study('smoke', ['model.import=no_such_package.at_all:net']); plan_runs(study.runs(), 'nowhere'); "
         "print(sorted({'torch', 'xarray', 'zarr', 'pandas', 'sklearn', 'scipy'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
@@ -341,13 +303,6 @@ def test_messages_say_key_value_rule_and_spelling(study, override, said):
     assert_one_plain_line(text)
 
 
-def assert_one_plain_line(text):
-    assert text
-    assert text.isprintable(), text
-    assert "pydantic" not in text
-    assert "Traceback" not in text
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -446,9 +401,6 @@ def a_study_or_one_line(call):
             assert RunConfig.model_validate(run.model_dump(by_alias=True)) == run
 
 
-fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
 @fuzz
 @given(st.dictionaries(keys, values, max_size=5), st.booleans())
 def test_any_table_is_a_study_or_one_line(study, changes, merge):
@@ -471,134 +423,6 @@ def test_any_override_is_a_study_or_one_line(study, pairs):
 def test_any_bytes_are_a_study_or_one_line(study, junk, at):
     content = MINIMAL.encode()
     a_study_or_one_line(lambda: study(content[:at] + junk + content[at:]))
-
-
-# --- planning --------------------------------------------------------------------------------------------------------
-
-cadences = st.builds(
-    Cadence, every=st.none() | st.integers(1, 40), log=st.none() | st.integers(1, 12)
-)  # fmt: skip
-
-
-@given(cadences, st.integers(1, 300), st.integers(0, 4), st.randoms())
-@settings(max_examples=200, deadline=None)
-def test_row_capacity_is_what_a_run_needs_at_most(cadence, steps, levels, random):
-    record = Record(loss_levels=tuple(0.5**i for i in range(levels)), eigenpairs=2).model_copy(
-        update=dict.fromkeys(("snapshots", "spectra", "scalars"), cadence)
-    )
-    run = RunConfig(learning_rate=0.1, data=Digits(), model=Mlp(), stop=Stop(steps=steps), record=record)
-    rows = row_capacity(run)
-    due = {step for step in range(steps + 1) if cadence.due(step)}
-    spare = sorted(set(range(steps + 1)) - due)
-    # The worst that can happen: each level is met at a step that has no row yet, and so is the end.
-    random.shuffle(spare)
-    worst = due | set(spare[: levels + 1])
-    assert rows == {"scalars": len(worst), "snapshots": len(worst), "spectra": len(worst), "train": steps + 1}
-
-
-def test_row_capacity_of_a_billion_steps_is_counted_without_listing_them():
-    record = Record(spectra=Cadence(every=7, log=3), scalars=Cadence(log=1))
-    run = RunConfig(learning_rate=0.1, data=Digits(), model=Mlp(), stop=Stop(steps=10**9), record=record)
-    sparse = {0} | {round(10 ** (i / 3)) for i in range(28)}
-    assert row_capacity(run)["spectra"] == 10**9 // 7 + 1 + sum(step % 7 > 0 for step in sparse) + 1
-    assert row_capacity(run)["scalars"] == 12
-    assert row_capacity(run)["train"] == 10**9 + 1
-
-
-def save(path, **arrays):
-    np.savez(path, **arrays)
-    return path
-
-
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float64", 8)])
-def test_bytes_are_those_of_every_array(study, tmp_path, dtype, size):
-    path = save(tmp_path / "xy.npz", x=np.zeros((9, 3, 2)), y=np.zeros((9, 2)))
-    run = one(study, f"data.file={path}", "data.n=7", "model.width=5", "model.depth=1", "record.eigenpairs=4",
-              "record.snapshots={every=5}", "record.spectra={every=2}", "stop.steps=20", f"compute.dtype={dtype}",
-              "record.loss_levels=[0.1]")  # fmt: skip
-    (planned,) = plan([run]).runs
-    n, c, k, p = 7, 2, 4, (6 + 1) * 5 + (5 + 1) * 2
-    assert (planned.samples, planned.outputs, planned.parameters) == (n, c, p)
-    assert planned.rows == {"scalars": 21, "snapshots": 5 + 2, "spectra": 11 + 2, "train": 21}
-    row = 4 * 8 + 16  # step, learning_rate, seed, loss, and the digest
-    scalars = 4 * 8
-    spectra = 8 * k + 4 * n * k + size * n * c
-    kernels = 4 * n * n + size * p
-    expected = (
-        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 3 * 8)
-    )
-    expected += 8 * n + size * (n * 6 + n * c)
-    assert planned.nbytes == expected
-
-
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)
-)  # fmt: skip
-@settings(max_examples=20, deadline=None)
-def test_parameters_are_those_of_the_network(shape, width, depth, outputs):
-    torch = pytest.importorskip("torch")
-    from pipeline.models import build_model
-
-    model = Mlp(width=width, depth=depth)
-    built = build_model(model, tuple(shape), outputs, 0, torch.float32)
-    assert model.parameters(int(np.prod(shape)), outputs) == sum(p.numel() for p in built.parameters())
-
-
-def test_an_imported_model_is_planned_without_its_parameters(study):
-    run = one(study)
-    imported = plan([one(study, "model.import=a.b:c")])
-    (known,) = plan([run]).runs
-    assert imported.runs[0].parameters is None
-    assert not imported.complete
-    assert imported.nbytes == known.nbytes - known.rows["snapshots"] * 4 * 8385
-
-
-def test_plan_reads_nothing_but_headers_and_sums_up(study, tmp_path):
-    # the arrays of this file are headers without values
-    with zipfile.ZipFile(tmp_path / "xy.npz", "w") as archive:
-        for name, shape in (("x", (10**6, 12)), ("y", (10**6,))):
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array_header_2_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
-    planned = plan(study(MINIMAL, f"data.file={tmp_path}/xy.npz").runs())
-    assert {(run.samples, run.outputs) for run in planned.runs} == {(10**6, 1)}
-    assert len(planned.runs) == 4
-    assert planned.nbytes == 4 * planned.runs[0].nbytes
-
-
-def test_plan_refuses_data_that_cannot_be_used(study, tmp_path):
-    good = {"x": np.zeros((30, 2)), "y": np.zeros(30)}
-
-    def said(error=InputError, *overrides, **arrays):
-        path = save(tmp_path / "xy.npz", **arrays)
-        text = message(lambda: plan(study(MINIMAL, f"data.file={path}", *overrides).runs()), error)
-        assert_one_plain_line(text)
-        return text
-
-    assert plan(study(MINIMAL, f"data.file={save(tmp_path / 'xy.npz', **good)}").runs()).complete
-    assert "has no array y" in said(x=good["x"])
-    assert "must be (n, features...)" in said(x=np.zeros(30), y=good["y"])
-    assert "must be (n, features...)" in said(x=good["x"], y=np.zeros(29))
-    assert "must be (n, features...)" in said(x=np.zeros((30, 0)), y=good["y"])
-    assert "must be real numbers" in said(x=good["x"], y=np.zeros(30, complex))
-    assert "must be real numbers" in said(x=good["x"], y=np.array([{}] * 30))
-    assert "data.n = 31: must be at most 30" in said(InputError, "data.n=31", **good)
-    assert "record.eigenpairs = 31: must be at most n = 30" in said(InputError, "record.eigenpairs=31", **good)
-    text = message(lambda: plan(study(MINIMAL, f"data.file={tmp_path}/absent.npz").runs()), MissingError)
-    assert "absent.npz: no such file" in text
-
-
-@fuzz
-@given(st.data())
-def test_a_damaged_data_file_is_planned_or_one_line(tmp_path, data):
-    path = save(tmp_path / "xy.npz", x=np.zeros((4, 2)), y=np.zeros(4))
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
-    try:
-        File(file=str(path)).shape()
-    except NtkEosError as error:
-        assert_one_plain_line(str(error))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -1,15 +1,7 @@
-"""Figures of a store: how the kernel aligns with the target, in which modes, and what happens at the edge.
+"""Pure drawing: frames of numbers in, matplotlib figures out; no store, no global state of pyplot."""
 
-A `Drawing` is a figure that any store can have drawn: its words, the query behind its numbers and the function that
-draws it. `plot_kta`, `plot_modes` and `plot_edge` are pure functions of frames, for numbers from elsewhere.
-
-A line of a figure is the runs that differ in nothing but their seed. Runs that diverged enter no mean.
-"""
-
-import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,13 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-Root = str | os.PathLike[str]
-
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.title_fontsize": 8,
-    "figure.facecolor": "white", "figure.constrained_layout.use": True, "axes.titlesize": 8, "axes.titlelocation": "left",
-    "axes.titlecolor": "0.35", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "0.9", "grid.linewidth": 0.6, "lines.linewidth": 1.3, "legend.frameon": False,
+    "figure.facecolor": "white", "figure.constrained_layout.use": True, "axes.titlesize": 8,
+    "axes.titlelocation": "left", "axes.titlecolor": "0.35", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.9",
+    "grid.linewidth": 0.6, "lines.linewidth": 1.3, "legend.frameon": False,
 }  # fmt: skip
 X_LABELS = {
     "step": "step",
@@ -38,38 +29,11 @@ X_LABELS = {
 # Okabe and Ito (2008): told apart with any colour vision.
 BLUE, VERMILION, GREY, SHADE = "#0072B2", "#D55E00", "0.35", "0.82"
 BAND = 0.14  # opacity of a band of one standard deviation
-DPI = 160
 
 # `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
 SHORTEST = 3
 # It ends, a quarter of its length later, where the sharpness last left this distance from its line, relative to it.
 SETTLED = 0.02
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that a store can have drawn.
-
-    Attributes:
-        name: as the command takes it, and the stem of its file.
-        title: a few words.
-        caption: how to read it.
-        axes: what it can stand over: step, time, loss or mode; the first is the usual one.
-        numbers: (root, x) -> the SQL or Python that gives the numbers drawn.
-        draw: (root, x) -> the figure. Reads the catalogue, which must be up to date.
-        language: of `numbers`.
-    """
-
-    name: str
-    title: str
-    caption: str
-    axes: tuple[str, ...]
-    numbers: Callable[[Root, str], str]
-    draw: Callable[[Root, str], Figure]
-    language: str = "SQL"
-
-
-# --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
@@ -249,119 +213,3 @@ def _legend(figure: Figure, place: str, **options: Any) -> None:
     legend = figure.legend(loc=f"outside right {place}", alignment="left", **options)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-LINES = """
-lines as (  -- the runs of a line differ in nothing but their seed
-  select run_id, status, learning_rate, seed, config,
-         dense_rank() over (order by learning_rate, json_merge_patch(config, '{"seed": null}')) as line
-  from runs
-)""".strip()
-
-BY_STEP = f"""
-with {LINES}
-select line, learning_rate, step, step * learning_rate as time, avg(kta) as kta, stddev(kta) as sd, count(*) as seeds
-from alignment join lines using (run_id)
-where kta is not null and status <> 'diverged'
-group by line, learning_rate, step
-qualify seeds = max(seeds) over (partition by line)  -- only where every seed of the line has a row
-order by line, step
-""".strip()
-
-BY_LOSS = f"""
-with {LINES}, lows as (  -- rows at which a run's loss is lower than ever before
-  select run_id, line, learning_rate, step, loss, kta
-  from alignment join lines using (run_id) where kta is not null and status <> 'diverged'
-  qualify loss < coalesce(min(loss) over (partition by run_id order by step
-                                          rows between unbounded preceding and 1 preceding), 'infinity')
-), starts as (
-  select run_id, max(loss) as start from lows group by run_id
-), levels as (  -- twenty to a factor of ten, from where a run starts on down
-  select run_id, 10 ** (-i / 20) as loss from starts, range(-100, 400) as grid(i) where 10 ** (-i / 20) <= start
-)
-select line, learning_rate, levels.loss, avg(kta) as kta, stddev(kta) as sd, count(*) as seeds
-from levels asof join lows on levels.run_id = lows.run_id and levels.loss >= lows.loss
-group by line, learning_rate, levels.loss
-qualify seeds = max(seeds) over (partition by line)  -- only where every seed of the line has got there
-order by line, levels.loss desc
-""".strip()
-
-ENDS = f"""
-with {LINES}
-select line, run_id, learning_rate, seed, status, any_value(config) as config,
-       max(ntk_sharpness) > 2 / learning_rate as crossed, max(step) as step, max(step) * learning_rate as time,
-       arg_max(loss, step) as loss, arg_max(kta, step) as kta
-from alignment join lines using (run_id)
-where kta is not null
-group by line, run_id, learning_rate, seed, status
-order by line, seed, run_id
-""".strip()
-
-EDGE = "select step, line, sharpness_mean, kta_mean, phase from phases where run_id = $run_id order by step"
-
-MODES = """
-import analysis
-
-rows = analysis.open_sweep({root}, group="spectra", where="status <> 'diverged'")
-modes = analysis.alignment(analysis.at_loss(rows, {level}))
-modes.mode_alignment.groupby("learning_rate").mean()        # c_i, mean over seeds
-modes.cumulative_alignment.groupby("learning_rate").mean()  # C(k)
-""".strip()
-
-CROSSINGS = """
-select run_id, learning_rate, seed, crossed
-from phase_changes join runs using (run_id)
-where status <> 'diverged'
-order by learning_rate, seed, run_id
-""".strip()
-
-
-def draw_kta(root: Root, x: str = "step") -> Figure:
-    """KTA along training of the runs of a store.
-
-    Args:
-        root: folder of the store.
-        x: step, time (step times learning rate) or loss.
-
-    Raises:
-        MissingError: if no run has a KTA.
-    """
-    ends = _frame(root, ENDS)
-    if ends.empty:
-        raise MissingError(f"no run of {root} has a kernel target alignment yet: record kernel scalars or snapshots")
-    ends["label"] = ends["line"].map(_labels(ends))
-    ends["crossed"] = ends["crossed"].astype(object).fillna(True).astype(bool)
-    curves = _frame(root, kta_sql(root, x)).astype({"sd": float})
-    curves["label"] = curves["line"].map(dict(zip(ends["line"], ends["label"], strict=True)))
-    return plot_kta(curves, ends, x, setting(list_runs(root)))
-
-
-def kta_sql(root: Root, x: str) -> str:
-    """The query behind `draw_kta`."""
-    return BY_LOSS if x == "loss" else BY_STEP
-
-
-def draw_modes(root: Root, x: str = "mode", level: float | None = None) -> Figure:
-    """Where the target sits among the leading eigenvectors at matched loss.
-
-    Args:
-        root: folder of the store.
-        x: mode.
-        level: the matched loss; the smallest level that all runs record by default.
-
-    Raises:
-        InputError: if the runs share no loss level.
-        MissingError: if no run has eigenvectors at or below that loss.
-    """
-    level = shared_level(root) if level is None else level
-    rows = open_sweep(root, group="spectra", where="status <> 'diverged'")
-    found = alignment(at_loss(rows, level))[["mode_alignment", "cumulative_alignment"]].compute()
-    found = found.isel(run=np.flatnonzero(found["reached"]))
-    if not found.sizes["run"]:
-        raise MissingError(f"no run of {root} has reached the matched loss {level:g} yet")
-    ends = _frame(root, ENDS)
-    lines = dict(zip(ends["run_id"], ends["line"].map(_labels(ends)), strict=True))
-    found = found.assign_coords(label=("run", [lines[run] for run in found["run"].values]))
-    ...

@@ -1,0 +1,245 @@
+"""Derived results: what the measures say of each run, kept under `<root>/analysis/` and computed only when stale.
+
+    <root>/analysis/<measure>/<run_id>.<key>.zarr.zip
+
+The key is a digest of all that a result depends on: the head of the run's digest chain (its identity, probe and every
+committed number), whether it diverged, the measure's version and its parameters. A result whose key is not the
+current one is stale; it stays until its successor is there. Deleting the folder loses nothing.
+
+A result is one zipped Zarr group, because one file appears, and goes, in one step: a reader sees a whole result or
+none, and it costs one fsync where a folder of forty small files costs forty.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.tables import LEADING
+from pipeline.disk import Directory
+from pipeline.errors import InputError, MissingError
+from pipeline.store import Run, find_run, list_runs
+
+if TYPE_CHECKING:  # imported where something is computed: to see that nothing is stale takes none of it
+    import xarray as xr
+
+FOLDER = "analysis"
+SUFFIX = ".zarr.zip"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A per-run result.
+
+    Attributes:
+        compute: run -> lazy datasets along `step`, with values of the run as a whole as scalars. Where two of them
+            have the same variable at the same step, the first one counts.
+        groups: the run needs a row in one of these.
+        version: to be raised when the numbers change.
+        parameters: further things that the numbers depend on.
+    """
+
+    compute: "Callable[[Run], list[xr.Dataset]]"
+    groups: tuple[str, ...]
+    version: int
+    parameters: Any = None
+
+
+def _alignment(run: Run) -> "list[xr.Dataset]":
+    """Alignment at every step that has a kernel measure of any kind; NaN where the step lacks a measure's input."""
+    from analysis.alignment import alignment
+    from analysis.load import open_runs
+
+    found = []
+    for group in ("scalars", "spectra", "snapshots"):
+        if run.lengths.get(group):
+            ds = open_runs([run], group)
+            measured = alignment(ds)
+            columns = {"loss": ds["loss"]}
+            if "ntk_sharpness" in ds:
+                columns["ntk_sharpness"] = ds["ntk_sharpness"]
+            columns |= {name: measured[name] for name in ("kta", "kta_centred", "effective_rank") if name in measured}
+            if "cumulative_alignment" in measured:
+                leading = measured["cumulative_alignment"]
+                columns |= {f"c{k}": leading.isel(eig=k - 1) for k in LEADING if k <= ds.sizes["eig"]}
+            found.append(_by_step(ds, columns))
+    return found
+
+
+def _modes(run: Run) -> "list[xr.Dataset]":
+    """Alignment and size of each leading eigenvector, at the snapshots."""
+    from analysis.alignment import alignment
+    from analysis.load import open_runs
+
+    ds = open_runs([run], "snapshots")
+    return [_by_step(ds, alignment(ds)[["mode_alignment", "normalised_eigenvalue"]].data_vars)]
+
+
+def _phases(run: Run) -> "list[xr.Dataset]":
+    """Phases per step, and what happened in them."""
+    from analysis.load import open_runs
+    from analysis.phases import phase_summary, phases
+
+    by_row = phases(open_runs([run], "scalars"))
+    return [_by_step(by_row, {**by_row.data_vars, **phase_summary(by_row).isel(run=0).data_vars})]
+
+
+MEASURES = {
+    "alignment": Measure(_alignment, ("scalars", "spectra", "snapshots"), 1, LEADING),
+    "modes": Measure(_modes, ("snapshots",), 1),
+    "phases": Measure(_phases, ("scalars",), 1),
+}
+
+
+def analyze(
+    root: str | os.PathLike[str],
+    measures: Iterable[str] | None = None,
+    progress: Callable[[float, str], None] = lambda fraction, note: None,
+) -> list[dict[str, Any]]:
+    """Compute every result that is missing or stale, and remove those that it replaces.
+
+    Args:
+        root: folder of the store.
+        measures: names of `MEASURES`; all by default.
+        progress: told the share done and what comes next.
+
+    Returns:
+        Per run and measure: `run`, `measure`, and `state`, computed or fresh.
+
+    Raises:
+        MissingError: if the root does not exist.
+        InputError: if it is not a store, cannot be written, or a measure is not known.
+        DamagedStore: naming the file, if a run's bytes are not what was committed.
+    """
+    names = list(MEASURES if measures is None else measures)
+    for name in names:
+        _known(name)
+    runs = list_runs(root)
+    wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
+    stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
+    size = 2 * (os.cpu_count() or 1)
+    for start in range(0, len(stale), size):
+        name, run = stale[start]
+        progress(start / len(stale), f"{name} of {run.run_id}")
+        _compute(root, stale[start : start + size])
+    current = {_path(root, name, run) for name, run in wanted}
+    for name in names:
+        for path in _files(root, name):
+            if path not in current:
+                path.unlink(missing_ok=True)
+    computed = {(name, run.run_id) for name, run in stale}
+    return [
+        {"run": run.run_id, "measure": name, "state": "computed" if (name, run.run_id) in computed else "fresh"}
+        for name, run in wanted
+    ]
+
+
+def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Dataset":
+    """The result of one run, in memory; computed first if it is missing or stale.
+
+    Args:
+        root: folder of the store.
+        measure: a name of `MEASURES`.
+        run_id: the run's name, or a beginning of it that is unique.
+
+    Raises:
+        InputError: if the measure is not known.
+        MissingError: if there is no such run, or it has no row that the measure could use.
+    """
+    _known(measure)
+    run = find_run(root, run_id)
+    if not _has_input(measure, run):
+        groups = " or ".join(MEASURES[measure].groups)
+        raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
+    if not _path(root, measure, run).exists():
+        _compute(root, [(measure, run)])
+    return read(_path(root, measure, run))
+
+
+def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
+    """The newest result of each measure, by run and measure; it may be older than the run's last commit."""
+    newest: dict[str, dict[str, Path]] = {}
+    for name in MEASURES:
+        for path in sorted(_files(root, name), key=lambda path: path.stat().st_mtime_ns):
+            newest.setdefault(path.name.removesuffix(SUFFIX).rpartition(".")[0], {})[name] = path
+    return newest
+
+
+def read(path: Path) -> "xr.Dataset":
+    """A result, in memory."""
+    import xarray as xr
+    from zarr.storage import ZipStore
+
+    with ZipStore(path, mode="r") as store:
+        return xr.open_zarr(store, consolidated=False, chunks=None).load()
+
+
+def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> None:
+    """Compute results together, so that their tasks share the cores, and write each."""
+    import dask
+    from threadpoolctl import threadpool_limits
+
+    lazy = [MEASURES[name].compute(run) for name, run in batch]
+    with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
+        computed = dask.compute(*lazy)
+    for (name, run), parts in zip(batch, computed, strict=True):
+        path = _path(root, name, run)
+        columns = list(dict.fromkeys(column for part in parts for column in part.data_vars))
+        # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
+        ds = reduce(lambda one, other: one.combine_first(other), parts)[columns]
+        directory = Directory(path.parent)
+        directory.make()
+        directory.put(path.name, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+
+
+def _zipped(ds: "xr.Dataset") -> bytes:
+    """A dataset as a zipped Zarr group."""
+    from zarr.storage import MemoryStore
+
+    # Not a ZipStore: xarray writes the group's metadata twice, which a zip file would keep twice.
+    entries: dict[str, Any] = {}
+    ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3)
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key in sorted(entries):
+            archive.writestr(zipfile.ZipInfo(key), entries[key].to_bytes())
+    return buffer.getvalue()
+
+
+def _by_step(ds: "xr.Dataset", columns: "Mapping[Any, xr.DataArray]") -> "xr.Dataset":
+    """Columns of one run along `step`, without the coordinates that say which run it is."""
+    import xarray as xr
+
+    rows = xr.Dataset({name: array.variable for name, array in columns.items()})
+    return rows.rename(snapshot="step").assign_coords(step=("step", ds["step"].values, ds["step"].attrs))
+
+
+def _known(measure: str) -> None:
+    if measure not in MEASURES:
+        raise InputError(f"measure {measure!r}: must be one of {', '.join(MEASURES)}")
+
+
+def _has_input(measure: str, run: Run) -> bool:
+    return any(run.lengths.get(group) for group in MEASURES[measure].groups)
+
+
+def _files(root: str | os.PathLike[str], measure: str) -> list[Path]:
+    return list(Path(root, FOLDER, measure).glob(f"[!.]*{SUFFIX}"))
+
+
+def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
+    """Where the result of a run as it stands now is kept."""
+    inputs = {
+        "head": run.head,
+        "diverged": run.attrs["status"] == "diverged",
+        "version": MEASURES[measure].version,
+        "parameters": MEASURES[measure].parameters,
+    }
+    key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Path(root, FOLDER, measure, f"{run.run_id}.{key}{SUFFIX}")

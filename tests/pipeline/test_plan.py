@@ -1,0 +1,134 @@
+"""Rows, bytes, state and time of what `run` would do."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
+
+from pipeline.config import File, Mlp, load_study
+from pipeline.errors import InputError, MissingError, NtkEosError
+from pipeline.plan import plan_runs, plan_study
+from pipeline.train import train
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float64", 8)])
+def test_bytes_are_those_of_every_array(study, tmp_path, dtype, size):
+    path = save(tmp_path / "xy.npz", x=np.zeros((9, 3, 2)), y=np.zeros((9, 2)))
+    run = one(study, f"data.file={path}", "data.n=7", "model.width=5", "model.depth=1", "record.eigenpairs=4",
+              "record.snapshots={every=5}", "record.spectra={every=2}", "stop.steps=20", f"compute.dtype={dtype}",
+              "record.loss_levels=[0.1]")  # fmt: skip
+    (planned,) = plan_runs([run], "nowhere")
+    n, c, k, p = 7, 2, 4, (6 + 1) * 5 + (5 + 1) * 2
+    assert (planned.samples, planned.outputs, planned.parameters) == (n, c, p)
+    assert planned.rows == {"scalars": 21, "snapshots": 5 + 2, "spectra": 11 + 2, "train": 21}
+    row = 4 * 8 + 16  # step, learning_rate, seed, loss, and the digest
+    scalars = 4 * 8
+    spectra = 8 * k + 4 * n * k + size * n * c
+    kernels = 4 * n * n + size * p
+    expected = (
+        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 3 * 8)
+    )
+    expected += 8 * n + size * (n * 6 + n * c)
+    assert planned.nbytes == expected
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_parameters_are_those_of_the_network(shape, width, depth, outputs):
+    torch = pytest.importorskip("torch")
+    from pipeline.models import build_model
+
+    model = Mlp(width=width, depth=depth)
+    built = build_model(model, tuple(shape), outputs, 0, torch.float32)
+    assert model.parameters(int(np.prod(shape)), outputs) == sum(p.numel() for p in built.parameters())
+
+
+def test_an_imported_model_is_planned_without_its_parameters(study):
+    run = one(study)
+    (imported,) = plan_runs([one(study, "model.import=a.b:c")], "nowhere")
+    (known,) = plan_runs([run], "nowhere")
+    assert imported.parameters is None
+    assert imported.nbytes == known.nbytes - known.rows["snapshots"] * 4 * 8385
+
+
+def test_plan_reads_nothing_but_headers_and_sums_up(study, tmp_path):
+    # the arrays of this file are headers without values
+    with zipfile.ZipFile(tmp_path / "xy.npz", "w") as archive:
+        for name, shape in (("x", (10**6, 12)), ("y", (10**6,))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_2_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    planned = plan_runs(study(MINIMAL, f"data.file={tmp_path}/xy.npz").runs(), "nowhere")
+    assert [(run.samples, run.outputs) for run in planned] == [(10**6, 1)] * 4
+
+
+def test_plan_refuses_data_that_cannot_be_used(study, tmp_path):
+    good = {"x": np.zeros((30, 2)), "y": np.zeros(30)}
+
+    def said(error=InputError, *overrides, **arrays):
+        path = save(tmp_path / "xy.npz", **arrays)
+        text = message(lambda: plan_runs(study(MINIMAL, f"data.file={path}", *overrides).runs(), "nowhere"), error)
+        assert_one_plain_line(text)
+        return text
+
+    assert len(plan_runs(study(MINIMAL, f"data.file={save(tmp_path / 'xy.npz', **good)}").runs(), "nowhere")) == 4
+    assert "has no array y" in said(x=good["x"])
+    assert "must be (n, features...)" in said(x=np.zeros(30), y=good["y"])
+    assert "must be (n, features...)" in said(x=good["x"], y=np.zeros(29))
+    assert "must be (n, features...)" in said(x=np.zeros((30, 0)), y=good["y"])
+    assert "must be real numbers" in said(x=good["x"], y=np.zeros(30, complex))
+    assert "must be real numbers" in said(x=good["x"], y=np.array([{}] * 30))
+    assert "data.n = 31: must be at most 30" in said(InputError, "data.n=31", **good)
+    assert "record.eigenpairs = 31: must be at most n = 30" in said(InputError, "record.eigenpairs=31", **good)
+    text = message(
+        lambda: plan_runs(study(MINIMAL, f"data.file={tmp_path}/absent.npz").runs(), "nowhere"), MissingError
+    )
+    assert "absent.npz: no such file" in text
+
+
+@fuzz
+@given(st.data())
+def test_a_damaged_data_file_is_planned_or_one_line(tmp_path, data):
+    path = save(tmp_path / "xy.npz", x=np.zeros((4, 2)), y=np.zeros(4))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        File(file=str(path)).shape()
+    except NtkEosError as error:
+        assert_one_plain_line(str(error))
+
+
+def states(root, *overrides):
+    return {run.config.run_id: run.state for run in plan_runs(load_study("smoke", overrides).runs(), str(root))}
+
+
+def test_the_state_of_a_run_is_what_the_store_says(tmp_path):
+    first, second = load_study("smoke", ["stop.steps=8"]).runs()
+    asked = iter([False, False, True])
+    train(first, str(tmp_path))
+    train(second, str(tmp_path), should_stop=lambda: next(asked))
+    assert states(tmp_path, "stop.steps=8") == {first.run_id: "done", second.run_id: "resume"}
+    assert states(tmp_path, "stop.steps=9") == {first.run_id: "continue", second.run_id: "resume"}
+    assert set(states(tmp_path / "elsewhere").values()) == {"new"}
+
+
+def test_the_time_grows_with_the_steps_left(tmp_path):
+    seconds = [plan_study(load_study("smoke", [f"stop.steps={n}"]), str(tmp_path), 1).seconds for n in (10**3, 10**6)]
+    assert seconds[1] > 100 * seconds[0] > 0
+
+
+def test_a_study_that_imports_its_model_has_no_time():
+    plan = plan_study(load_study("smoke", ["model.import=no_such_package:net"]), "nowhere")
+    assert plan.seconds is None
+    assert "time unknown" in plan.summary()
