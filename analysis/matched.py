@@ -42,7 +42,7 @@ def at_loss(ds: xr.Dataset, level: float) -> xr.Dataset:
     reached = np.array([below[rows].any() for rows in runs.rows], dtype=bool)
     first = [rows[below[rows].argmax()] for rows in runs.rows]  # an unreached run's first row, blanked below
 
-    matched = one_row_per_run(ds.set_coords("loss"), runs, first)
+    matched = one_row_per_run(ds, runs, first)
     met = xr.DataArray(
         reached,
         dims="run",

@@ -7,7 +7,8 @@ the query that gives it. Whatever comes from a store is text and is escaped; the
 import base64
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import catalog, results, studies
 from analysis.judge import judge_store, matched_level
-from analysis.plots import render
-from analysis.plots.numbers import either, frame, setting, words
+from analysis.plots import FIGURES, render
+from analysis.plots.numbers import LINES, either, frame, lines, words
 from pipeline.disk import Directory
 from pipeline.errors import NtkEosError
 from pipeline.store import Run, list_runs
@@ -32,22 +33,24 @@ TONES = {
 # A verdict is a word and a sign, never a colour alone.
 SIGNS = {"passed": "✓ ", "failed": "✗ ", "underpowered": "? ", "diverged": "↯ "}
 
-MATCHED = """
-with matched as (
-  select run_id, min(step) as step from alignment where loss <= {level} and c5 is not null group by run_id
+MATCHED = f"""
+with {LINES}, matched as (
+  select run_id, min(step) as step from alignment where loss <= {{level}} and c5 is not null group by run_id
 )
-select learning_rate, count(step) as reached, count(*) as runs, avg(step) as step, avg(kta) as kta,
-       stddev(kta) as kta_sd, avg(c5) as c5, stddev(c5) as c5_sd, avg(ntk_sharpness) as ntk_sharpness,
-       2 / learning_rate as line
-from runs left join matched using (run_id) left join alignment using (run_id, step)
+select line, learning_rate, count(*) as runs, count(step) as reached, avg(step) as step, avg(loss) as loss,
+       avg(kta) as kta, stddev(kta) as kta_sd, avg(c5) as c5, stddev(c5) as c5_sd,
+       avg(ntk_sharpness) as sharpness, stddev(ntk_sharpness) as sharpness_sd
+from lines left join matched using (run_id) left join alignment using (run_id, step)
 where status <> 'diverged'
-group by learning_rate
-order by learning_rate
+group by line, learning_rate
+order by line
 """.strip()
 
 LAST = """
-select run_id, arg_max(kta, step) as kta, arg_max(c5, step) as c5, arg_max(ntk_sharpness, step) as ntk_sharpness
-from alignment group by run_id
+select run_id, final_loss as loss, arg_max(kta, step) as kta, arg_max(c5, step) as c5,
+       arg_max(ntk_sharpness, step) as sharpness
+from runs left join alignment using (run_id)
+group by run_id, final_loss
 """.strip()
 
 
@@ -95,7 +98,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
     return environment.get_template("report.html.j2").render(
         title=either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
         summary=" · ".join(part for part in (f"claims: {verdicts}" if claims else "", f"runs: {statuses}") if part),
-        facts=_facts(runs),
+        facts=_facts(root, runs),
         papers=_papers(root),
         claims=claims,
         claims_missing=claims_missing,
@@ -109,5 +112,190 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
     )
 
 
-def _facts(runs: Sequence[Run]) -> Facts:
-    """What was run, from the identities of the runs; a setting in which they differ is listed with all its values."""
+def _claims(root: Root) -> tuple[list[dict[str, Any]], str]:
+    """The verdicts, or why there are none."""
+    try:
+        claims = [judgement.as_row() for judgement in judge_store(root)]
+    except NtkEosError as error:
+        return [], f"Not judged: {error}."
+    return claims, "" if claims else "The studies of this store make no claims."
+
+
+def _figures(root: Root, progress: Callable[[float, str], None]) -> list[dict[str, str]]:
+    """Every figure over each of its axes; one that lacks its inputs says so."""
+    try:
+        drawings = studies.figures(root)
+    except NtkEosError:
+        drawings = FIGURES  # of a paper that is not known here, which the claims say
+    chosen = [(drawing, x) for drawing in drawings.values() for x in drawing.axes]
+    found = []
+    for number, (drawing, x) in enumerate(chosen):
+        progress(number / len(chosen), f"figure {drawing.name} over {x}")
+        over = f", over {x}" if len(drawing.axes) > 1 else ""
+        entry = {
+            "name": f"{drawing.name}-{x}",
+            "title": drawing.title + over,
+            "caption": drawing.caption,
+            "missing": "",
+        }
+        try:
+            image = render(drawing.draw(root, x), "png")
+            entry |= {"png": base64.b64encode(image).decode(), "sql": drawing.sql(root, x)}
+        except NtkEosError as error:
+            entry["missing"] = str(error)
+        found.append(entry)
+    return found
+
+
+def _papers(root: Root) -> list[dict[str, Any]]:
+    try:
+        modules = studies.papers(root)
+    except NtkEosError:
+        return []
+    return [
+        {
+            "source": module.SOURCE,
+            "about": (module.__doc__ or "").strip(),
+            "choices": [dict(zip(("what", "choice", "whose"), row, strict=True)) for row in module.CHOICES],
+        }
+        for module in modules
+    ]
+
+
+def _facts(root: Root, runs: Sequence[Run]) -> Facts:
+    """What was run. A setting in which the runs differ is listed with all its values."""
+    identities = [run.attrs["identity"] for run in runs]
+    keys = [key for key in dict.fromkeys(k for identity in identities for k in identity) if key != "seed"]
+    sizes = frame(root, "select distinct n, c, p, k from runs").dropna(axis=1, how="all")
+    names = {"n": "probe examples", "c": "outputs", "p": "parameters", "k": "eigenpairs"}
+    return [
+        ("study", either(str(run.attrs.get("study") or run.run_id) for run in runs)),
+        ("seed", ", ".join(map(str, sorted({run.attrs["seed"] for run in runs if "seed" in run.attrs})))),
+        *((key, either(words(identity[key]) for identity in identities if key in identity)) for key in keys),
+        *((names[letter], either(f"{letter} = {value:,}" for value in sizes[letter].dropna())) for letter in sizes),
+        ("loss convention", either(str(run.attrs.get("loss_convention", "")) for run in runs)),
+        ("why runs ended", _counted(run.attrs.get("stop_reason") or run.status for run in runs)),
+    ]
+
+
+def _matched(root: Root) -> dict[str, Any]:
+    """One row per line of the figures at the smallest loss level that all runs record."""
+    try:
+        level = matched_level(root)
+    except NtkEosError as error:
+        return {"missing": f"Not compared: {error}."}
+    sql = MATCHED.replace("{level}", repr(level))
+    labels = lines(root).drop_duplicates("line").set_index("line")["label"]
+    rows = [
+        {
+            "learning rate": labels[row["line"]],
+            "runs there": f"{row['reached']} of {row['runs']}",
+            "step": row["step"],
+            "loss": row["loss"],
+            "KTA": _spread(row["kta"], row["kta_sd"]),
+            "C(5)": _spread(row["c5"], row["c5_sd"]),
+            "sharpness": _spread(row["sharpness"], row["sharpness_sd"]),
+            "2/η": 2 / row["learning_rate"],
+        }
+        for row in frame(root, sql).to_dict("records")
+    ]
+    return {
+        "missing": "" if rows else "No run.",
+        "level": level,
+        "sql": sql,
+        "rows": rows,
+        "columns": list(rows[0]) if rows else [],
+    }
+
+
+def _runs(root: Root, runs: Sequence[Run]) -> dict[str, Any]:
+    """One row per run: where it stands on the grid, how it ended, what its last row holds."""
+    last = frame(root, LAST).set_index("run_id").to_dict("index")
+    rows = []
+    for run in runs:
+        axes = {
+            name: value for name, value in run.attrs.get("axes", {}).items() if name not in ("learning_rate", "seed")
+        }
+        numbers = last[run.run_id]
+        rate = run.attrs.get("learning_rate")
+        rows.append(
+            {
+                "run": run.run_id,
+                "status": run.status,
+                "ended by": run.heartbeat.get("error") or run.attrs.get("stop_reason"),
+                "learning rate": rate,
+                "seed": run.attrs.get("seed"),
+                **axes,
+                "steps": run.attrs.get("last_step"),
+                "loss": numbers["loss"],
+                "KTA": numbers["kta"],
+                "C(5)": numbers["c5"],
+                "sharpness": numbers["sharpness"],
+                "2/η": 2 / rate if rate else None,
+                "head": run.head,
+            }
+        )
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = {"run", "status", "ended by", "head"}
+    return {
+        "columns": columns,
+        "numeric": [c for c in columns if c not in text],
+        "rows": [dict.fromkeys(columns) | r for r in rows],
+    }
+
+
+def _provenance(runs: Sequence[Run]) -> Facts:
+    """Where the numbers come from; a value that not all runs share says how many do."""
+    documents = [run.attrs.get("provenance", {}) for run in runs]
+    keys = dict.fromkeys(key for document in documents for key in document)
+    changes = [f"{run.run_id}: {change}" for run in runs for change in run.attrs.get("environment_changes", ())]
+    return [
+        ("created", _counted(str(run.attrs.get("created_at", ""))[:10] for run in runs)),
+        *(
+            (key.replace("_", " "), _counted(words(document[key]) for document in documents if key in document))
+            for key in keys
+        ),
+        ("changes of the environment", "; ".join(changes) or "none"),
+        ("format", _counted(f"{run.attrs['Conventions']}, version {run.attrs['format_version']}" for run in runs)),
+    ]
+
+
+def _snippets(root: Root, runs: Sequence[Run]) -> list[tuple[str, str]]:
+    where = os.fspath(root)
+    run = runs[-1].path.name if runs else "<run_id>.zarr"
+    return [
+        (
+            "SQL: KTA by learning rate and step, on the catalogue",
+            f'ntk-eos sql {shlex.quote(where)} "select learning_rate, step, avg(kta), stddev(kta), count(*) from alignment '
+            'join runs using (run_id) group by 1, 2 order by 1, 2"',
+        ),
+        (
+            "Plain xarray: a run, or all runs, without this project's code",
+            f"import xarray as xr\n\nrun = xr.open_datatree({f'{where}/runs/{run}'!r})\n"
+            'run["scalars"].ntk_sharpness * run["scalars"].learning_rate / 2  # 1 at the edge',
+        ),
+        (
+            "Python: C(5) of every run at loss 0.01",
+            f'import analysis\n\nrows = analysis.open_sweep({where!r}, group="spectra")\n'
+            "analysis.alignment(analysis.at_loss(rows, 0.01)).cumulative_alignment.isel(eig=4).to_series()",
+        ),
+    ]
+
+
+def _counted(values: Iterable[str]) -> str:
+    """Each value once; with how often it occurs if there are several."""
+    counts = pd.Series(list(values), dtype=object).value_counts(sort=False)
+    return "; ".join(f"{value} ({count} runs)" if len(counts) > 1 else str(value) for value, count in counts.items())
+
+
+def _spread(mean: float | None, deviation: float | None) -> str:
+    if mean is None or math.isnan(mean):
+        return "–"
+    return f"{mean:.3f}" if deviation is None or math.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+
+
+def _cell(value: Any) -> str:
+    """A number short enough to read; what is missing as a dash."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -177,7 +177,8 @@ def read(path: Path) -> "xr.Dataset":
     from zarr.storage import ZipStore
 
     with ZipStore(path, mode="r") as store:
-        return xr.open_zarr(store, consolidated=False, chunks=None).load()
+        ds = xr.open_zarr(store, consolidated=False, chunks=None).load()
+    return ds[sorted(ds.data_vars)]  # they come in the order in which their metadata were read
 
 
 def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> None:
@@ -190,9 +191,8 @@ def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> 
         computed = dask.compute(*lazy)
     for (name, run), parts in zip(batch, computed, strict=True):
         path = _path(root, name, run)
-        columns = list(dict.fromkeys(column for part in parts for column in part.data_vars))
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
-        ds = reduce(lambda one, other: one.combine_first(other), parts)[columns]
+        ds = reduce(lambda one, other: one.combine_first(other), parts)
         directory = Directory(path.parent)
         directory.make()
         directory.put(path.name, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))

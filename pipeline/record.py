@@ -89,7 +89,7 @@ class Recorder:
         root: folder of the store; created if absent.
         model: the network; any `nn.Module` that treats examples independently.
         probe: the examples on which kernels are taken.
-        identity: JSON-able description of what determines the run's numbers.
+        identity: JSON-able description of what determines the run's numbers, beside what the other arguments say.
         learning_rate: step size η.
         seed: seed of the run.
         steps: updates planned; the row at this step closes the run.
@@ -101,7 +101,7 @@ class Recorder:
         train: what `record` is told at every step, of `loss`, `accuracy` and `grad_norm`.
         state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
             were at the last commit is in `restored_state` after `with`.
-        attrs: further root attributes of the run (title, study, axes, family).
+        attrs: further root attributes of the run (title, study, axes, family, loss_convention).
         threads: threads that torch may use here, for the provenance.
         commit_seconds: rows wait in memory for at most about this long.
 
@@ -136,7 +136,11 @@ class Recorder:
         if not 1 <= eigenpairs <= len(probe.input):
             raise InputError(f"eigenpairs = {eigenpairs}: must be from 1 to n = {len(probe.input)}")
         self.model, self.probe, self.root, self.steps = model, probe, root, steps
-        self.identity = {**identity, "learning_rate": learning_rate, "seed": seed}
+        recorded = {"eigenpairs": eigenpairs, "loss_levels": list(loss_levels)} | {
+            group: {name: value for name, value in vars(cadence).items() if value is not None}
+            for group, cadence in cadences.items()
+        }
+        self.identity = {"record": recorded, **identity, "learning_rate": learning_rate, "seed": seed}
         self.run_id = run_id or f"lr-{learning_rate!r}_seed-{seed}_{blake(zarr3.to_json(self.identity)).hex()[:8]}"
         self.restored_state: dict[str, Tensor] = {}
         self._row = {"learning_rate": learning_rate, "seed": seed}
@@ -175,7 +179,6 @@ class Recorder:
                 "axes": dict(self._row),
                 **self._attrs,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "loss_convention": "L = (1/2n) ||f - y||^2; the line of gradient descent is 2/learning_rate",
                 "provenance": now,
                 "environment_changes": [],
             },
@@ -187,7 +190,11 @@ class Recorder:
             attributes={"snapshots/parameter": names},
         )
         self._started = self._committed = self._beat = time.monotonic()
-        self._restore(now)
+        try:
+            self._restore(now)
+        except BaseException:
+            self._writer.close()
+            raise
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@
 Each step measures the model before it moves it, so the row of step t describes θ_t.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -69,7 +70,13 @@ def train(
             eigenpairs=run.record.eigenpairs,
             train=("loss", "accuracy", "grad_norm") if data.labels else ("loss", "grad_norm"),
             state=lambda: state,
-            attrs={"axes": run.axes, "family": run.family, **(attrs or {})},
+            attrs={
+                "axes": run.axes,
+                "family": run.family,
+                "loss_convention": (inspect.getdoc(criterion) or run.loss.name).splitlines()[0],
+                "stability_line": rule.stability_line(run.learning_rate),
+                **(attrs or {}),
+            },
             threads=run.compute.threads,
             commit_seconds=run.compute.commit_seconds,
         )

@@ -185,13 +185,17 @@ def test_coordinates_and_status_come_along_and_everything_is_described(sweep):
     assert sweep.eigenvalue.attrs["long_name"] == "NTK eigenvalue"
 
 
-def test_zeros_are_missing_values_not_warnings():
+@pytest.mark.parametrize("lazy", [False, True], ids=["numpy", "dask"])
+def test_zeros_are_missing_values_not_warnings(lazy):
     kernels, targets = np.stack([np.zeros((3, 3)), np.eye(3)]), np.stack([np.ones((3, 1)), np.zeros((3, 1))])
     ds = with_kernels(kernels, targets)
     ds["eigenvector"] = ds.ntk.rename(sample2="eig")
-    assert np.isnan(kernel_target_alignment(ds)).all()
-    assert np.isnan(centred_alignment(ds)).all()
-    assert np.isnan(mode_alignment(ds)[1]).all()
+    ds["eigenvalue"] = ds.eigenvector[:, 0]
+    result = alignment(ds.chunk() if lazy else ds).compute()
+    assert np.isnan(result.kta).all()
+    assert np.isnan(result.kta_centred).all()
+    assert np.isnan(result.mode_alignment[1]).all()
+    np.testing.assert_allclose(result.normalised_eigenvalue, [[np.nan] * 3, [3**-0.5, 0, 0]])
 
 
 @pytest.mark.parametrize("label", [1.0, 0.1])

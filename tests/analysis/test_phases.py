@@ -101,7 +101,9 @@ def test_a_run_above_its_line_from_the_start_has_crossed_at_its_first_row():
 
 
 def test_on_the_line_is_not_above_it():
-    assert not phase_summary(series(([1.0, 2.0, 2.0], [0.1] * 3, "complete", range(3)))).crossed[0]
+    result = phases(series(([1.0, 2.0, 2.0], [0.1] * 3, "complete", range(3))))
+    assert list(result.phase.values) == [P, P, P]
+    assert not phase_summary(result).crossed[0]
 
 
 @pytest.mark.parametrize(("sharpness", "phase"), [([1.0], [S]), ([3.0], [F]), ([1.0, 1.5], [S, S])], ids=str)

@@ -253,7 +253,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     x, y = task()
     recorder = Recorder(
         str(tmp_path), network(), Probe(x + 1, y), identity={"model": "mine"}, learning_rate=0.1, seed=0, steps=STEPS,
-        eigenpairs=4,
+        eigenpairs=4, loss_levels=[0.4, 0.2],
     )  # fmt: skip
     with pytest.raises(InputError, match="was recorded on other data"):
         recorder.__enter__()
