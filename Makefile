@@ -18,18 +18,19 @@ test reliability bench: export OMP_NUM_THREADS = 1
 test reliability bench: export OPENBLAS_NUM_THREADS = 1
 test reliability bench: export MKL_NUM_THREADS = 1
 
+# Hypothesis' own profile ci: the same examples every time, no deadline on a busy machine. Plain pytest explores.
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"
-	@.venv/bin/pytest -q
+	@.venv/bin/pytest -q --hypothesis-profile=ci
 	@echo "test 2/3: the analysis, without torch"
-	@.venv-analysis/bin/pytest -q tests/analysis
+	@.venv-analysis/bin/pytest -q --hypothesis-profile=ci tests/analysis
 	@echo "test 3/3: reading a store with xarray, zarr and dask alone"
 	@rm -rf $(SMOKE)
 	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
 	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
 
 reliability: .venv/.stamp ## the longer tests, which kill and damage
-	@.venv/bin/pytest -q -m reliability
+	@.venv/bin/pytest -q --hypothesis-profile=ci -m reliability
 
 lint: .venv/.stamp ## style, docstrings and types
 	@.venv/bin/ruff check

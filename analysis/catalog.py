@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory
 from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.store import FINAL, RECORD, SUFFIX, Run, read_run, runs_directory
+from pipeline.store import FINAL, RECORD, SUFFIX, Run, read_run, run_path, runs_directory
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
     import pandas as pd
@@ -40,6 +40,8 @@ QUERY_SECONDS = 60.0
 QUERY_ROWS = 1_000_000
 QUERY_MEMORY = "1GB"
 READING = ("SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI")  # MULTI: what DuckDB makes of PIVOT
+
+DERIVED = ("alignment", "phase", "measures")
 
 # What a catalogue was made by: another digest means other tables.
 LAYOUT = hashlib.blake2b(tables.reference().encode(), digest_size=8).hexdigest()
@@ -77,8 +79,9 @@ def sync(root: str | os.PathLike[str]) -> Path:
         DamagedStore: if the record of a run is damaged.
     """
     path = Path(root, NAME)
-    if _fingerprints(root, known := _known(path)) != known:
-        with _writing(root, wait=not path.exists()) as mine:
+    known = _known(path)
+    if known is None or _fingerprints(root, known) != known:
+        with _writing(root, wait=known is None) as mine:
             if mine:
                 _update(root)
     return path
@@ -103,11 +106,13 @@ def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
         timer = threading.Timer(QUERY_SECONDS, connection.interrupt)
         timer.start()
         try:
-            return _ask(connection, sql)
+            table = _ask(connection, sql)
+            _note_what_is_missing(root, connection, sql)
+            return table
         except duckdb.InterruptException as error:
             raise InputError(f"sql: stopped after {QUERY_SECONDS:g} s; ask for less at a time") from error
         except duckdb.Error as error:
-            raise InputError(f"sql: {one_line(error)}") from error
+            raise InputError(f"sql: {_explained(error)}") from error
         finally:
             timer.cancel()
 
@@ -119,12 +124,14 @@ def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike
     """Write a whole table to a file.
 
     Args:
-        root: folder of the store, its catalogue up to date.
+        root: folder of the store; its catalogue is taken as it is, and built if there is none.
         table: one of `TABLES`.
         path: the file; Parquet if its name has the suffix .parquet, else CSV.
     """
     if table not in TABLES:
         raise MissingError(f"table {table!r} is not one of {', '.join(TABLES)}")
+    if not Path(root, NAME).exists():
+        sync(root)
     with duckdb.connect(Path(root, NAME), read_only=True) as connection:
         relation = connection.table(table)
         if ".parquet" in Path(path).suffixes:
@@ -140,7 +147,7 @@ def write_claims(root: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
         root: folder of the store.
         rows: by column of the table.
     """
-    if not Path(root, NAME).exists():
+    if _known(Path(root, NAME)) is None:
         sync(root)
     frame = tables.frame_of("claims", list(rows))
     with _writing(root, wait=True), _next(root) as connection:
@@ -180,29 +187,42 @@ def _ask(connection: duckdb.DuckDBPyConnection, sql: str) -> Table:
     return Table([column[0] for column in cursor.description], [str(column[1]) for column in cursor.description], rows)
 
 
+def _explained(error: duckdb.Error) -> str:
+    said = one_line(error)
+    if "Table with name" not in said:
+        return said
+    # DuckDB goes on to guess among its own system tables.
+    return f"{said.partition(';')[0]} Tables are {', '.join(TABLES)}"
+
+
+def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Say so if the answer may lack rows because results were not computed yet."""
+    if any(name in sql.lower() for name in DERIVED):
+        ((missing,),) = connection.execute("select count(*) from sync where not analyzed").fetchall()
+        if missing:
+            log.warning("%d run(s) are not analysed as they stand now: `ntk-eos analyze %s` does that", missing, root)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _known(path: Path) -> dict[str, str]:
-    """Fingerprint of each run that the catalogue has; empty if it has to be built anew."""
+def _known(path: Path) -> dict[str, str] | None:
+    """Fingerprint of each run that the catalogue has; None if it has to be built anew."""
     try:
         with _open(path) as connection:
-            if connection.execute("select layout from meta").fetchall() != [(LAYOUT,)]:
-                return {}
-            return dict(connection.execute("select run_id, fingerprint from sync").fetchall())
+            if connection.execute("select layout from meta").fetchall() == [(LAYOUT,)]:
+                return dict(connection.execute("select run_id, fingerprint from sync").fetchall())
     except duckdb.Error:
-        return {}
+        pass
+    return None
 
 
 def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dict[str, str]:
     """What the rows of each run depend on. The record of a finished run is not opened if its file did not change."""
+    folders = [folder for folder in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if folder.is_dir()]
     derived = results.files(root)
-    found = {}
-    for folder in sorted(runs_directory(root).path.glob(f"[!.]*{SUFFIX}")):
-        if folder.is_dir():
-            run_id = folder.name.removesuffix(SUFFIX)
-            found[run_id] = _fingerprint(folder, derived.get(run_id, {}), known.get(run_id, ""))
-    return found
+    ids = {folder.name.removesuffix(SUFFIX): folder for folder in folders}
+    return {run_id: _fingerprint(ids[run_id], derived.get(run_id, {}), known.get(run_id, "")) for run_id in sorted(ids)}
 
 
 def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
@@ -212,6 +232,33 @@ def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
     final = next((status for status in FINAL if known.startswith(f"{record} {status} ")), None)
     status = final or read_run(folder).status
     return f"{record} {status} {' '.join(path.name for path in derived.values())}"
+
+
+def _update(root: str | os.PathLike[str]) -> None:
+    """Replace the rows of all runs that changed."""
+    import pandas as pd
+
+    known = _known(Path(root, NAME))
+    now = _fingerprints(root, known or {})
+    changed = [run_id for run_id in now if known is None or now[run_id] != known.get(run_id)]
+    replaced = [*changed, *(known or {}).keys() - now.keys()]
+    if known is not None and not replaced:
+        return  # another process did it while this one waited
+    derived = results.files(root)
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    for run_id in changed:
+        run = read_run(run_path(root, run_id))
+        for name, frame in _rows(run, derived.get(run_id, {})).items():
+            frames[name].append(frame)
+        synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
+        frames["sync"].append(tables.frame_of("sync", [synced]))
+    with _next(root) as connection:
+        connection.execute("delete from claims")  # verdicts on numbers that have changed
+        for name, layout in TABLES.items():
+            if layout.columns[0] == tables.RUN_ID:
+                connection.execute(f"delete from {name} where run_id in (select unnest(?))", [replaced])
+            if frames[name]:
+                tables.insert(connection, name, pd.concat(frames[name], ignore_index=True))
 
 
 @contextmanager
@@ -234,21 +281,28 @@ def _writing(root: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
 def _next(root: str | os.PathLike[str]) -> Iterator[duckdb.DuckDBPyConnection]:
     """A private copy of the catalogue, in one transaction; published when the block ends without an error."""
     directory, path, copy = Directory(root), Path(root, NAME), Path(root, COPY)
-    for left in (COPY, f"{COPY}.wal"):  # of a writer that was killed
-        directory.delete(left)
-    fresh = not _known(path) 
-    if not fresh:
-        shutil.copyfile(path, copy)
-    with duckdb.connect(copy) as connection:
-        connection.begin()
-        if fresh:
-            for name in TABLES:
-                tables.create_table(connection, name)
-        yield connection
-        connection.execute("delete from meta")
-        tables.insert(connection, "meta", tables.frame_of("meta", [_meta(root)]))
-        connection.commit()
-    directory.publish(Directory(copy), NAME)
+    fresh = _known(path) is None
+    _discard(directory)  # of a writer that was killed
+    try:
+        if not fresh:
+            shutil.copyfile(path, copy)
+        with duckdb.connect(copy) as connection:
+            connection.begin()
+            if fresh:
+                for name in TABLES:
+                    tables.create_table(connection, name)
+            yield connection
+            connection.execute("delete from meta")
+            tables.insert(connection, "meta", tables.frame_of("meta", [_meta(root)]))
+            connection.commit()
+        directory.publish(Directory(copy), NAME)
+    finally:
+        _discard(directory)
+
+
+def _discard(directory: Directory) -> None:
+    for name in (COPY, f"{COPY}.wal"):
+        directory.delete(name)
 
 
 def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -263,3 +317,82 @@ def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
         "built_at": datetime.now(UTC).replace(tzinfo=None),
         "package_version": version,
     }
+
+
+# --- the rows of a run ------------------------------------------------------------------------------------------------
+
+
+def _rows(run: Run, derived: Mapping[str, Path]) -> "dict[str, pd.DataFrame]":
+    """All that the catalogue says of a run, by table."""
+    rows = {
+        "runs": tables.frame_of("runs", [tables.run_row(run)]),
+        "snapshots": _stored(run, "snapshots", range(run.lengths.get("snapshots", 0))),
+        "train": _stored(run, "train", thinned(run.lengths.get("train", 0), TRAIN_ROWS)),
+    }
+    for measure, path in derived.items():
+        try:
+            ds = results.read(path)
+        except FileNotFoundError:
+            continue  # replaced a moment ago: the next sync sees another fingerprint
+        if measure == "alignment":
+            rows["alignment"] = _columns(run, "alignment", ds)
+        elif measure == "phases":
+            rows["phases"] = _columns(run, "phases", ds.assign(phase=_named(ds["phase"])))
+            rows["phase_changes"] = _phase_changes(run, ds)
+        else:
+            rows["measures"] = _long(run, ds)
+    return rows
+
+
+def thinned(length: int, most: int) -> list[int]:
+    """At most so many positions, evenly spread, with the first and the last."""
+    if length <= most:
+        return list(range(length))
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def _stored(run: Run, name: str, positions: Sequence[int]) -> "pd.DataFrame":
+    """Rows of a group of the store, as the table of its name has them."""
+    import pandas as pd
+
+    stored = run.arrays(name)
+    wanted = [column.name for column in TABLES[name].columns if column.name in stored]
+    columns = {column: run.read(f"{name}/{column}")[positions] for column in wanted}
+    where = {"position": positions} if name == "snapshots" else {}
+    return pd.DataFrame({"run_id": run.run_id, **where, **columns}, index=range(len(positions)))
+
+
+def _columns(run: Run, name: str, ds: "xr.Dataset") -> "pd.DataFrame":
+    """A result along `step`, as the table has it."""
+    import pandas as pd
+
+    wanted = [column.name for column in TABLES[name].columns if column.name in ds.variables]
+    return pd.DataFrame({"run_id": run.run_id, **{column: ds[column].values for column in wanted}})
+
+
+def _named(flags: "xr.DataArray") -> "xr.DataArray":
+    """The words that the numbers of a CF flag variable stand for."""
+    import numpy as np
+
+    return flags.copy(data=np.array(flags.attrs["flag_meanings"].split(), dtype=object)[flags.values])
+
+
+def _phase_changes(run: Run, ds: "xr.Dataset") -> "pd.DataFrame":
+    row: dict[str, Any] = {str(name): array.item() for name, array in ds.data_vars.items() if array.ndim == 0}
+    if not row["crossed"]:
+        row["crossing_step"] = None
+    return tables.frame_of("phase_changes", [{**row, "run_id": run.run_id}])
+
+
+def _long(run: Run, ds: "xr.Dataset") -> "pd.DataFrame":
+    """Every value of a result as a row; the i-th of several values per step is called name_i, from 1."""
+    import pandas as pd
+
+    series = {}
+    for name, array in ds.data_vars.items():
+        if array.dims == ("step",):
+            series[name] = array.values
+        else:
+            series |= {f"{name}_{i + 1}": values for i, values in enumerate(array.values.T)}
+    frame = pd.DataFrame({"run_id": run.run_id, "step": ds["step"].values, **series})
+    return frame.melt(["run_id", "step"], var_name="measure", value_name="value")

@@ -8,6 +8,7 @@ import base64
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from pipeline.store import Run, list_runs
 Root = str | os.PathLike[str]
 Facts = list[tuple[str, str]]
 
+# The order in which the settings of a run are told; others follow.
+SETTINGS = ("data", "model", "loss", "update", "process", "learning_rate", "seed", "record")
 TONES = {
     "passed": "good", "complete": "good", "failed": "bad", "underpowered": "unsure", "diverged": "unsure",
     "interrupted": "unsure", "stale": "unsure", "running": "live",
@@ -88,8 +91,8 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
     claims, claims_missing = _claims(root)
     figures = _figures(root, lambda share, note: progress(0.3 + 0.6 * share, note))
     progress(0.9, "page")
-    statuses = _counted(run.status for run in runs)
-    verdicts = _counted(claim["verdict"] for claim in claims)
+    statuses = Counter(run.status for run in runs)
+    verdicts = Counter(claim["verdict"] for claim in claims)
     environment = Environment(
         loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -97,7 +100,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
     environment.filters["cell"] = _cell
     return environment.get_template("report.html.j2").render(
         title=either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
-        summary=" · ".join(part for part in (f"claims: {verdicts}" if claims else "", f"runs: {statuses}") if part),
+        summary=[("claims", verdicts), ("runs", statuses)],
         facts=_facts(root, runs),
         papers=_papers(root),
         claims=claims,
@@ -121,29 +124,34 @@ def _claims(root: Root) -> tuple[list[dict[str, Any]], str]:
     return claims, "" if claims else "The studies of this store make no claims."
 
 
-def _figures(root: Root, progress: Callable[[float, str], None]) -> list[dict[str, str]]:
-    """Every figure over each of its axes; one that lacks its inputs says so."""
+def _figures(root: Root, progress: Callable[[float, str], None]) -> list[dict[str, Any]]:
+    """Every figure, over each of its axes; one that lacks its inputs says so."""
     try:
         drawings = studies.figures(root)
     except NtkEosError:
         drawings = FIGURES  # of a paper that is not known here, which the claims say
-    chosen = [(drawing, x) for drawing in drawings.values() for x in drawing.axes]
     found = []
-    for number, (drawing, x) in enumerate(chosen):
-        progress(number / len(chosen), f"figure {drawing.name} over {x}")
-        over = f", over {x}" if len(drawing.axes) > 1 else ""
-        entry = {
-            "name": f"{drawing.name}-{x}",
-            "title": drawing.title + over,
-            "caption": drawing.caption,
-            "missing": "",
-        }
+    for number, drawing in enumerate(drawings.values()):
+        progress(number / len(drawings), f"figure {drawing.name}")
+        images, queries, missing = [], [], ""
         try:
-            image = render(drawing.draw(root, x), "png")
-            entry |= {"png": base64.b64encode(image).decode(), "sql": drawing.sql(root, x)}
+            for x in drawing.axes:
+                images.append(
+                    (f"{drawing.title}, over {x}", base64.b64encode(render(drawing.draw(root, x), "png")).decode())
+                )
+                queries.append(drawing.sql(root, x))
         except NtkEosError as error:
-            entry["missing"] = str(error)
-        found.append(entry)
+            missing = f"Not drawn: {error}."
+        found.append(
+            {
+                "name": drawing.name,
+                "title": drawing.title,
+                "caption": drawing.caption,
+                "images": images,
+                "queries": list(dict.fromkeys(queries)),
+                "missing": missing,
+            }
+        )
     return found
 
 
@@ -155,7 +163,7 @@ def _papers(root: Root) -> list[dict[str, Any]]:
     return [
         {
             "source": module.SOURCE,
-            "about": (module.__doc__ or "").strip(),
+            "about": (module.__doc__ or "").strip().split("\n\n")[1:],
             "choices": [dict(zip(("what", "choice", "whose"), row, strict=True)) for row in module.CHOICES],
         }
         for module in modules
@@ -165,13 +173,12 @@ def _papers(root: Root) -> list[dict[str, Any]]:
 def _facts(root: Root, runs: Sequence[Run]) -> Facts:
     """What was run. A setting in which the runs differ is listed with all its values."""
     identities = [run.attrs["identity"] for run in runs]
-    keys = [key for key in dict.fromkeys(k for identity in identities for k in identity) if key != "seed"]
+    keys = dict.fromkeys([*SETTINGS, *(key for identity in identities for key in identity)])
     sizes = frame(root, "select distinct n, c, p, k from runs").dropna(axis=1, how="all")
     names = {"n": "probe examples", "c": "outputs", "p": "parameters", "k": "eigenpairs"}
     return [
         ("study", either(str(run.attrs.get("study") or run.run_id) for run in runs)),
-        ("seed", ", ".join(map(str, sorted({run.attrs["seed"] for run in runs if "seed" in run.attrs})))),
-        *((key, either(words(identity[key]) for identity in identities if key in identity)) for key in keys),
+        *((key.replace("_", " "), either(words(i[key]) for i in identities if key in i)) for key in keys),
         *((names[letter], either(f"{letter} = {value:,}" for value in sizes[letter].dropna())) for letter in sizes),
         ("loss convention", either(str(run.attrs.get("loss_convention", "")) for run in runs)),
         ("why runs ended", _counted(run.attrs.get("stop_reason") or run.status for run in runs)),
@@ -283,9 +290,9 @@ def _snippets(root: Root, runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """Each value once; with how often it occurs if there are several."""
-    counts = pd.Series(list(values), dtype=object).value_counts(sort=False)
-    return "; ".join(f"{value} ({count} runs)" if len(counts) > 1 else str(value) for value, count in counts.items())
+    """Each value once, with how often it occurs if there are several."""
+    counts = Counter(values)
+    return "; ".join(f"{value} ({count} runs)" if len(counts) > 1 else value for value, count in counts.items())
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:

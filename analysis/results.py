@@ -171,6 +171,11 @@ def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
     return newest
 
 
+def is_fresh(root: str | os.PathLike[str], run: Run) -> bool:
+    """Whether every measure of a run was computed from its rows as they are now."""
+    return all(_path(root, name, run).exists() for name in MEASURES if _has_input(name, run))
+
+
 def read(path: Path) -> "xr.Dataset":
     """A result, in memory."""
     import xarray as xr

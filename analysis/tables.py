@@ -204,6 +204,7 @@ TABLES: dict[str, Layout] = {
         (
             RUN_ID,
             Column("fingerprint", "VARCHAR", "", "The run's record as a file, its status, and its derived results."),
+            Column("analyzed", "BOOLEAN", "", "Whether those results are of the run's last commit."),
         ),
     ),
     "meta": Layout(

@@ -145,7 +145,7 @@ Next, ask the store (nothing is retrained):
   ntk-eos sql {root} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) \\
     where loss <= 0.001 group by 1 order by 1"
   python -c "import xarray as xr; print(xr.open_datatree('{run}'))"
-  python -c "import analysis as a; print(a.at_loss(a.alignment(a.open_sweep('{root}')), 0.01).kta.values)"
+  python -c "import analysis as a; print(a.alignment(a.at_loss(a.open_sweep('{root}'), 0.01)).kta.values)"
 """)
     ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
 
@@ -221,9 +221,9 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
             outcomes.append(outcome)
             watch.ended(outcome.run_id)
             if outcome.error:
-                progress.say(f"{outcome.run_id}: {outcome.error}")
+                progress.warn(f"error: {outcome.run_id}: {outcome.error}")
             if outcome.detail:
-                progress.say(outcome.detail)
+                progress.warn(outcome.detail)
     if signals.caught is not None:
         click.echo(f"interrupted; what was measured is saved in {root}, the same command goes on from there", err=True)
         return 128 + signals.caught
@@ -343,11 +343,13 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
 @click.argument("query")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
-def sql(root: str, query: str, as_csv: bool, as_json: bool) -> None:
+@quiet_option
+def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None:
     """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
     from analysis import catalog
 
-    table = catalog.query(root, query)
+    _analyze(root, quiet)
+    table = catalog.query(root, query, sync=False)
     if as_csv:
         import csv
 

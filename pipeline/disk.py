@@ -35,6 +35,8 @@ class Lease:
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
         if self._handle is not None:
+            # Closing alone would leave the lock to any child process that was forked meanwhile.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
             os.close(self._handle)
             self._handle = None
 
@@ -62,10 +64,14 @@ class Directory:
             InputError: if the file system refuses.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make(self.path)
         except OSError as error:
             raise InputError(f"cannot create {self.path}: {error.strerror}; choose a folder you may write") from error
-        self._touched.add(self.path.parent)
+
+    def _make(self, folder: Path) -> None:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._touched.update(path.parent for path in new)
 
     def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
         """Write a whole file at once: readers see the old bytes or the new ones.
@@ -76,7 +82,7 @@ class Directory:
             durable: fsync the bytes before the rename; only a file that nothing depends on (a heartbeat) goes without.
         """
         target = self._file(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._make(target.parent)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with open(temporary, "wb") as file:
@@ -107,7 +113,7 @@ class Directory:
 
         Raises:
             MissingError: if there is no such file.
-            InputError: if it is larger than `limit`.
+            InputError: if it is larger than `limit`, or cannot be read.
         """
         file = self._file(key)
         try:
@@ -116,18 +122,27 @@ class Directory:
             return file.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingError(f"{file} does not exist") from error
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
 
     def exists(self, key: str) -> bool:
         """Whether a file or folder of that key is there."""
         return self._file(key).exists()
 
-    def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys of all visible files below `prefix`, sorted; hidden names (temporary files) are left out."""
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        try:
+            return self._file(key).stat().st_size
+        except OSError:
+            return None
+
+    def list(self, prefix: str = "", *, hidden: bool = False) -> Iterator[str]:
+        """Keys of all files below `prefix`, sorted; hidden names (temporary files) only if asked for."""
         start = self._file(prefix) if prefix else self.path
         for folder, folders, files in os.walk(start):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
             for name in sorted(files):
-                if not name.startswith("."):
+                if hidden or not name.startswith("."):
                     yield Path(folder, name).relative_to(self.path).as_posix()
 
     def delete(self, key: str) -> None:
@@ -150,7 +165,8 @@ class Directory:
         for folder, _, _ in os.walk(built.path, topdown=False):
             _fsync_directory(Path(folder))
         os.rename(built.path, self._file(name))
-        _fsync_directory(self.path)
+        self._touched.add(self.path)
+        self.sync()
 
     def lease(self, key: str, note: bytes, *, wait: bool = False) -> Lease:
         """Become the single writer: lock the file `key` and leave `note` in it for whoever is refused.

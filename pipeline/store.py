@@ -1,4 +1,4 @@
-"""Runs on disk: creating, committing, finishing, reading and verifying one Zarr group per run.
+"""Runs on disk: creating, committing, finishing and reading one Zarr group per run.
 
 The root `zarr.json` of a run is its commit record. It names the committed length of every array, the head of the
 digest chain and the checkpoint that belongs to it, and it is replaced in one atomic step after everything it names
@@ -18,6 +18,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipeline.zarr3 import Document
 
 RUNS = "runs"
 SUFFIX = ".zarr"
+NEW = ".new-"
 RECORD = "zarr.json"
 LEASE = "LEASE"
 HEARTBEAT = "run.json"
@@ -186,15 +188,17 @@ class Run:
         chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
         stop = shape[0] if stop is None else min(stop, shape[0])
         out = np.empty((max(stop - start, 0), *shape[1:]), dtype=node["data_type"])
-        for index in zarr3.grid(tuple(shape), chunks):
+        first_chunk = start // chunks[0]
+        for offset, *others in zarr3.grid((max(stop - first_chunk * chunks[0], 0), *shape[1:]), chunks):
+            index = (first_chunk + offset, *others)
             low, high = index[0] * chunks[0], min((index[0] + 1) * chunks[0], shape[0])
-            if high <= start or low >= stop:
-                continue
             key = f"{name}/{zarr3.chunk_key(index)}"
             try:
                 chunk = zarr3.decode(Directory(self.path).get(key), out.dtype, chunks)
-            except (DamagedStore, MissingError) as error:
+            except DamagedStore as error:
                 raise DamagedStore(f"{self.path / key}: {error}") from error
+            except (MissingError, InputError) as error:
+                raise DamagedStore(str(error)) from error
             first, last = max(low, start), min(high, stop)
             rest = tuple(
                 slice(i * c, min((i + 1) * c, s)) for i, c, s in zip(index[1:], chunks[1:], shape[1:], strict=True)
@@ -221,21 +225,26 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         document = json.loads(data)
         attrs = document["attributes"]
         version, stated = attrs["format_version"], attrs["record"]
-    except (ValueError, KeyError, TypeError) as error:
+        digest = _record_digest(document)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedStore(f"{folder / RECORD} is not the record of a run: {error!r}") from error
     if version != schema.FORMAT_VERSION:
         raise InputError(
             f"{folder} has format version {version}; this ntk-eos reads {schema.FORMAT_VERSION}: install a newer one"
         )
-    if _record_digest(document) != stated:
+    if digest != stated:
         raise DamagedStore(f"{folder / RECORD} is not what was committed: its own digest does not match")
     return Run(folder, document)
 
 
+def run_paths(root: str | os.PathLike[str]) -> list[Path]:
+    """Where the runs of a root lie, by name; their records are not read."""
+    return sorted(path for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if path.is_dir())
+
+
 def list_runs(root: str | os.PathLike[str]) -> list[Run]:
     """All runs of a root, by name."""
-    folder = runs_directory(root).path
-    return [read_run(path) for path in sorted(folder.glob(f"[!.]*{SUFFIX}")) if path.is_dir()]
+    return [read_run(path) for path in run_paths(root)]
 
 
 def find_run(root: str | os.PathLike[str], run_id: str) -> Run:
@@ -244,12 +253,21 @@ def find_run(root: str | os.PathLike[str], run_id: str) -> Run:
     Raises:
         MissingError: if no run, or more than one, matches.
     """
-    names = sorted(path.name.removesuffix(SUFFIX) for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}"))
+    return read_run(find_path(root, run_id))
+
+
+def find_path(root: str | os.PathLike[str], run_id: str) -> Path:
+    """Where the run lies that `find_run` would read.
+
+    Raises:
+        MissingError: if no run, or more than one, matches.
+    """
+    names = [path.name.removesuffix(SUFFIX) for path in run_paths(root)]
     matches = [name for name in names if name == run_id] or [name for name in names if name.startswith(run_id)]
     if len(matches) != 1:
         found = f"matches {', '.join(matches[:5])}" if matches else f"is not one of {', '.join(names[:5])} ..."
         raise MissingError(f"run {run_id!r} {found}; give a full name from `ntk-eos status {root}`")
-    return read_run(run_path(root, matches[0]))
+    return run_path(root, matches[0])
 
 
 def _record_digest(document: Document) -> str:
@@ -265,16 +283,13 @@ class _Array:
     variable: Variable
     dtype: np.dtype[Any]
     row_shape: tuple[int, ...]
+    chunks: tuple[int, ...]
     attributes: Document
     tail: NDArray[Any] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.group}/{self.variable.name}"
-
-    @cached_property
-    def chunks(self) -> tuple[int, ...]:
-        return schema.chunk_shape(self.variable, (1, *self.row_shape), self.dtype.itemsize)
 
     def document(self, rows: int) -> Document:
         return zarr3.array_document(
@@ -323,6 +338,7 @@ class Writer:
         self._pending: dict[str, list[Row]] = {group: [] for group in run.lengths}
         self._head = bytes.fromhex(run.head)
         self.pending_bytes = 0
+        self._broken = False
         self._started = time.monotonic()
         self._arrays: dict[str, list[_Array]] = {}
         self._variables: dict[str, list[Variable]] = {}
@@ -361,15 +377,16 @@ class Writer:
             attributes: further attributes of single arrays, by `group/name`.
 
         Raises:
-            InputError: if the root cannot be written, or the run holds other data under this name.
+            InputError: if the root cannot be written, or the run holds other data or variables under this name.
             RunLocked: if another process writes this run.
         """
         runs = open_root(root)
         seed = chain_seed(identity, probe)
+        planned = _planned(groups, dims, dtype, attributes or {})
         name = run_id + SUFFIX
         with runs.lease(".lock", _holder(), wait=True):
-            # Nobody else creates now, so half-made folders of this run are a killed writer's.
-            for hidden in runs.path.glob(f".new-*-{name}"):
+            # Nobody else creates now, so half-made folders are a killed writer's.
+            for hidden in runs.path.glob(f"{NEW}*"):
                 runs.delete(hidden.name)
             if not runs.exists(name):
                 fresh = {
@@ -386,9 +403,13 @@ class Writer:
                     "last_step": None,
                     "checkpoint": None,
                 }
-                lease = _create(runs, name, fresh, dims, groups, probe, dtype, dict(attributes or {}))
+                lease = _create(runs, name, fresh, planned, probe)
                 directory = Directory(runs.path / name)
-                return cls(directory, lease, read_run(directory.path))._reserve(capacity)
+                try:
+                    return cls(directory, lease, read_run(directory.path))._reserve(capacity)
+                except BaseException:
+                    lease.release()
+                    raise
         directory = Directory(runs.path / name)
         lease = directory.lease(LEASE, _holder())
         try:
@@ -400,6 +421,12 @@ class Writer:
                     f"or remove {directory.path}"
                 )
             writer = cls(directory, lease, run)._restore_tails(run)
+            other = _differing(planned, writer._arrays)
+            if other:
+                raise InputError(
+                    f"run {run_id} in {root} was recorded with other variables or shapes ({other}): write to another "
+                    f"root, or remove {directory.path}"
+                )
             return writer if writer.status in FINAL else writer._reserve(capacity)
         except BaseException:
             lease.release()
@@ -423,13 +450,14 @@ class Writer:
 
     @property
     def last_step(self) -> int | None:
-        """Step of the newest committed row."""
+        """Step of the newest row, committed or waiting."""
         return self._attrs["last_step"]
 
     def checkpoint(self) -> bytes | None:
         """The checkpoint of the last commit.
 
         Raises:
+            MissingError: if it is gone.
             DamagedStore: if it is not the one that was committed.
         """
         entry = self._attrs["checkpoint"]
@@ -445,9 +473,12 @@ class Writer:
 
         Raises:
             NonFiniteRow: if a value is not finite as it would be stored; nothing is added then.
-            ValueError: if a value has another shape than planned; nothing is added then.
+            ValueError: if a value has another shape than planned, or `step` is not beyond the last one; nothing is
+                added then.
         """
-        checked = {group: self._checked(group, step, rows[group]) for group in sorted(rows)}
+        if self.last_step is not None and step <= self.last_step:
+            raise ValueError(f"step {step} after step {self.last_step}: the digest chain takes rows in order of steps")
+        checked = {group: self._checked(group, step, {**rows[group], "step": step}) for group in sorted(rows)}
         for group, row in checked.items():
             digest = row_digest(group, self._variables[group], row)
             self._head = blake(self._head, digest)
@@ -459,8 +490,9 @@ class Writer:
         checked = {}
         for array in self._arrays[group][:-1]:
             # A kernel that is finite in float64 may not be in float32.
+            # Always a copy: the caller may reuse its buffer before the commit.
             with np.errstate(over="ignore"):
-                value = np.asarray(row[array.variable.name]).astype(array.dtype, copy=False)
+                value = np.asarray(row[array.variable.name]).astype(array.dtype)
             if value.shape != array.row_shape:
                 raise ValueError(f"{array.name} at step {step}: shape {value.shape}, planned {array.row_shape}")
             if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -475,35 +507,42 @@ class Writer:
             checkpoint: bytes that `checkpoint()` gives back after this commit.
             facts: further entries of the heartbeat.
         """
-        for group, rows in self._pending.items():
-            if self._lengths[group] + len(rows) > self._capacity[group]:
-                self._reserve({group: 2 * (self._lengths[group] + len(rows))})
-            for array in self._arrays[group]:
-                for key, data in array.chunk_files(self._lengths[group], [row[array.variable.name] for row in rows]):
-                    self.directory.put(key, data)
-        # Two names in turn: the checkpoint of the last commit must stay until the next record is out.
-        name = f"checkpoint-{self._attrs['commits'] % 2}.safetensors"
-        self.directory.put(name, checkpoint)
-        for group, rows in self._pending.items():
-            self._lengths[group] += len(rows)
-            rows.clear()
-        self.pending_bytes = 0
-        self._attrs["commits"] += 1
-        self._attrs["checkpoint"] = {"name": name, "digest": blake(checkpoint).hex()}
-        self._publish()
+        commits = self._attrs["commits"]
+        lengths = {group: length + len(self._pending[group]) for group, length in self._lengths.items()}
+        with self._publishing():
+            for group, rows in self._pending.items():
+                if lengths[group] > self._capacity[group]:
+                    self._set_capacity({group: 2 * lengths[group]})
+                for array in self._arrays[group]:
+                    values = [row[array.variable.name] for row in rows]
+                    for key, data in array.chunk_files(self._lengths[group], values):
+                        self.directory.put(key, data)
+            # Two names in turn: the checkpoint of the last commit must stay until the next record is out.
+            name = f"checkpoint-{commits % 2}.safetensors"
+            self.directory.put(name, checkpoint)
+            entry = {"name": name, "digest": blake(checkpoint).hex()}
+            self._publish(lengths, commits=commits + 1, checkpoint=entry)
+            for rows in self._pending.values():
+                rows.clear()
+            self.pending_bytes = 0
         self.heartbeat("running", **facts)
 
     def finish(self, status: str, reason: str) -> None:
         """Close the run with its final status; everything pending must be committed. Repeatable."""
-        self._set_capacity(dict(self._lengths))
-        self._attrs |= {"status": status, "stop_reason": reason}
-        self._publish()
+        if self.pending_bytes:
+            raise ValueError("rows are waiting: commit them before the run is finished")
+        with self._publishing():
+            self._set_capacity(self._lengths)
+            # The record last: a run that says it is finished has every copy of its metadata right.
+            self._publish(self._lengths, record_last=True, status=status, stop_reason=reason)
         self.heartbeat(status)
 
     def reopen(self, capacity: Mapping[str, int]) -> None:
         """Take up a finished run again: its study now asks for more steps or a smaller loss."""
-        self._attrs |= {"status": "running", "stop_reason": None}
-        self._reserve({group: self._lengths[group] + rows for group, rows in capacity.items()})
+        with self._publishing():
+            # Before any array is planned longer: one that opens without the record must be a growing run's.
+            self._publish(self._lengths, status="running", stop_reason=None)
+            self._reserve({group: self._lengths[group] + rows for group, rows in capacity.items()})
 
     def note(self, **attrs: Any) -> None:
         """Set further root attributes; they are published with the next commit."""
@@ -529,16 +568,26 @@ class Writer:
         """Give the run back to whoever wants to write it; rows that were not committed are lost."""
         self._lease.release()
 
-    def _publish(self) -> None:
+    @contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """Once a publication has failed it is unknown which record is out: only opening the run again can tell."""
+        if self._broken:
+            raise NtkEosError(f"an earlier commit of {self.directory.path} failed: open the run again to go on")
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _publish(self, lengths: dict[str, int], *, record_last: bool = False, **changes: Any) -> None:
         """Make the data durable, then replace the commit record, then the copies for readers of single groups."""
-        self._attrs["head"] = self._head.hex()
+        attrs = {**self._attrs, **changes, "head": self._head.hex()}
+        root, groups = _documents(attrs, self._arrays, lengths, self._static)
+        stages = [{RECORD: root}, {f"{group}/{RECORD}": document for group, document in groups.items()}]
         self.directory.sync()
-        root, groups = _documents(self._attrs, self._arrays, self._lengths, self._static)
-        self.directory.put(RECORD, zarr3.to_json(root))
-        self.directory.sync()
-        for group, document in groups.items():
-            self.directory.put(f"{group}/{RECORD}", zarr3.to_json(document))
-        self.directory.sync()
+        for documents in reversed(stages) if record_last else stages:
+            for key, document in documents.items():
+                self.directory.put(key, zarr3.to_json(document))
+            self.directory.sync()
+        self._attrs, self._lengths = attrs, lengths
 
     def _reserve(self, capacity: Mapping[str, int]) -> Self:
         """Plan for at least so many rows; the committed length is all that readers see."""
@@ -556,15 +605,39 @@ class Writer:
         for group, arrays in self._arrays.items():
             length = self._lengths[group]
             for array in arrays:
-                per_chunk = array.variable.rows_per_chunk
-                if per_chunk is not None and length % per_chunk:
+                per_chunk = array.chunks[0]
+                if length % per_chunk:
                     start = length - length % per_chunk
                     array.tail = zarr3.padded(run.read(array.name, start, length), array.chunks)
         return self
 
 
 def _growing(group: str, variable: Variable, node: Document) -> _Array:
-    return _Array(group, variable, np.dtype(node["data_type"]), tuple(node["shape"][1:]), node["attributes"])
+    chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
+    return _Array(group, variable, np.dtype(node["data_type"]), tuple(node["shape"][1:]), chunks, node["attributes"])
+
+
+def _planned(
+    groups: Mapping[str, Iterable[str]], dims: Mapping[str, int], dtype: str, attributes: Mapping[str, Document]
+) -> dict[str, list[_Array]]:
+    """The growing arrays of a new run."""
+    arrays: dict[str, list[_Array]] = {group: [] for group in groups}
+    for group, names in groups.items():
+        for variable in schema.row_variables(group, names):
+            kind = np.dtype(dtype if variable.dtype == "model" else variable.dtype)
+            shape = tuple(16 if dim == "byte" else dims[dim] for dim in variable.dims[1:])
+            chunks = schema.chunk_shape(variable, (1, *shape), kind.itemsize)
+            extra = attributes.get(f"{group}/{variable.name}", {})
+            arrays[group].append(_Array(group, variable, kind, shape, chunks, _attributes(variable, group) | extra))
+    return arrays
+
+
+def _differing(planned: Mapping[str, list[_Array]], stored: Mapping[str, list[_Array]]) -> str:
+    """What a run holds that its plan does not, or a group that only the plan has; empty if they fit."""
+    rows = {array.name: (array.dtype, array.row_shape) for members in planned.values() for array in members}
+    names = [array.name for members in stored.values() for array in members
+             if rows.get(array.name) != (array.dtype, array.row_shape)]  # fmt: skip
+    return ", ".join([*names, *sorted(set(planned) - set(stored))][:3])
 
 
 def _documents(
@@ -590,41 +663,33 @@ def _create(
     runs: Directory,
     name: str,
     attrs: Document,
-    dims: Mapping[str, int],
-    groups: Mapping[str, Iterable[str]],
+    arrays: Mapping[str, list[_Array]],
     probe: Mapping[str, NDArray[Any]],
-    dtype: str,
-    attributes: Mapping[str, Document],
 ) -> Lease:
     """Build the empty run under a hidden name and rename it in.
 
     The lease is taken in the hidden folder and travels with the rename, so a run is never visible without a writer
     before its first commit.
     """
-    hidden = Directory(runs.path / f".new-{uuid.uuid4().hex}-{name}")
+    hidden = Directory(runs.path / f"{NEW}{uuid.uuid4().hex}-{name}")
     hidden.make()
     lease = hidden.lease(LEASE, _holder())
-    arrays: dict[str, list[_Array]] = {}
-    for group, names in groups.items():
-        arrays[group] = []
-        for variable in schema.row_variables(group, names):
-            kind = np.dtype(dtype if variable.dtype == "model" else variable.dtype)
-            shape = tuple(16 if dim == "byte" else dims[dim] for dim in variable.dims[1:])
-            extra = attributes.get(f"{group}/{variable.name}", {})
-            node = {"data_type": kind.name, "shape": [0, *shape], "attributes": _attributes(variable, group) | extra}
-            arrays[group].append(_growing(group, variable, node))
-        for array in arrays[group]:
+    try:
+        for array in (array for members in arrays.values() for array in members):
             hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
-    children = {
-        name: _write_static(hidden, f"probe/{name}", schema.PROBE[name], values) for name, values in probe.items()
-    }
-    hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
-    static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
-    root, records = _documents(attrs, arrays, dict.fromkeys(groups, 0), static)
-    for group, document in records.items():
-        hidden.put(f"{group}/{RECORD}", zarr3.to_json(document))
-    hidden.put(RECORD, zarr3.to_json(root))
-    runs.publish(hidden, name)
+        children = {
+            name: _write_static(hidden, f"probe/{name}", schema.PROBE[name], values) for name, values in probe.items()
+        }
+        hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
+        static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
+        root, records = _documents(attrs, arrays, dict.fromkeys(arrays, 0), static)
+        for group, document in records.items():
+            hidden.put(f"{group}/{RECORD}", zarr3.to_json(document))
+        hidden.put(RECORD, zarr3.to_json(root))
+        runs.publish(hidden, name)
+    except BaseException:
+        lease.release()
+        raise
     return lease
 
 

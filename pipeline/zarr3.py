@@ -16,12 +16,16 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import Blosc
+from numcodecs import Blosc, blosc
 from numpy.typing import DTypeLike, NDArray
 
 from pipeline.errors import DamagedStore
 
 Document = dict[str, Any]
+
+# Blosc's own threads pack the blocks of a chunk in the order in which they finish: the same numbers would then give
+# another file each time. They gain nothing here.
+blosc.use_threads = False
 
 
 def fill_value(dtype: DTypeLike) -> Any:
@@ -99,12 +103,16 @@ def decode(data: bytes, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any
     if len(data) < 20 or google_crc32c.value(packed).to_bytes(4, "little") != checksum:
         raise DamagedStore("checksum does not match")
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    # A Blosc header states the unpacked size in bytes 4 to 8; believing it before looking would let a forged file
-    # make us allocate gigabytes.
-    if int.from_bytes(packed[4:8], "little") != expected:
+    # A Blosc header states the unpacked size in bytes 4 to 8 and the packed one in bytes 12 to 16; believing them
+    # before looking would let a forged file make us allocate gigabytes or read past its end.
+    sizes = int.from_bytes(packed[4:8], "little"), int.from_bytes(packed[12:16], "little")
+    if sizes != (expected, len(packed)):
         raise DamagedStore(f"chunk unpacks to another size than the {expected} bytes of its shape")
-    flat = np.frombuffer(_blosc(np.dtype(dtype).itemsize).decode(packed), dtype=np.dtype(dtype).newbyteorder("<"))
-    return flat.reshape(shape)
+    try:
+        unpacked = _blosc(np.dtype(dtype).itemsize).decode(packed)
+    except RuntimeError as error:
+        raise DamagedStore(f"chunk does not unpack: {error}") from error
+    return np.frombuffer(unpacked, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 def chunk_key(index: tuple[int, ...]) -> str:

@@ -119,9 +119,9 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
         axes.grid(visible=False, axis="x")
         right.plot(chosen["mode"], chosen["cumulative"], color=colour, marker="o", markersize=2.6, label=label)
         _band(right, chosen["mode"], chosen["cumulative"], chosen["cumulative_sd"], colour)
-    rows[len(rows) // 2].set_ylabel("c_i = (v_iᵀy)² / ‖y‖²")
+    rows[len(rows) // 2].set_ylabel("cᵢ = (vᵢᵀy)² / ‖y‖²", y=0.5 if len(rows) % 2 else 1.1)
     rows[-1].set_xlabel("mode i, by eigenvalue")
-    right.set(xlabel="leading modes k", ylabel="C(k) = c₁ + … + c_k", xticks=ticks, ylim=(0, 1))
+    right.set(xlabel="leading modes k", ylabel="C(k) = c₁ + … + cₖ", xticks=ticks, ylim=(0, 1))
     _legend(figure, "upper", title="learning rate η")
     if shares["c_sd"].notna().any():
         notes = [
@@ -190,7 +190,9 @@ def _window(rows: pd.DataFrame) -> int:
 
 def _head(axes: Axes, title: str, setting: str) -> None:
     """Above the axes: a title, and in small print what was trained. Names from a store are never read as formulas."""
-    small = textwrap.wrap(setting, 105, max_lines=2) or [""]
+    # Lines break between facts, not within one: textwrap leaves no-break spaces alone.
+    facts = setting.replace(" ", "\u00a0").replace("\u00a0·\u00a0", " · ")
+    small = [line.strip(" ·") for line in textwrap.wrap(facts, 105, max_lines=3)] or [""]
     axes.set_title("\n".join(small), loc="left", parse_math=False)
     # Empty lines leave room for the small print; titles, unlike other text, do not widen the margins.
     axes.set_title(

@@ -101,7 +101,8 @@ def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
         MissingError: if no run has kernel scalars, or there is no such run.
     """
     run = find_run(root, run_id or numbers.edge_run(root))
-    rows = numbers.frame(root, numbers.EDGE, {"run_id": run.run_id})
+    rows = numbers.frame(root, numbers.edge_sql(root, run.run_id))
+    rows = rows[rows["run_id"] == run.run_id]
     if rows.empty:
         raise MissingError(f"run {run.run_id} has no kernel scalars: set record.scalars in the study")
     rate = 2 / rows["line"].iloc[0]
@@ -109,9 +110,8 @@ def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
 
 
 def edge_sql(root: Root, x: str) -> str:
-    """The query behind `draw_edge`, with the name of the run written out."""
-    quoted = numbers.edge_run(root).replace("'", "''")
-    return numbers.EDGE.replace("$run_id", f"'{quoted}'")
+    """The query behind `draw_edge`."""
+    return numbers.edge_sql(root, numbers.edge_run(root))
 
 
 FIGURES = {

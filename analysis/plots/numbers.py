@@ -84,21 +84,21 @@ order by line, mode
 """.strip()
 
 CROSSINGS = """
-select run_id, learning_rate, crossed
+select run_id, learning_rate, seed, crossed
 from phase_changes join runs using (run_id)
 where status <> 'diverged'
 order by learning_rate, seed, run_id
 """.strip()
 
 EDGE = """
-select step, line, sharpness_mean, kta_mean, phase
-from phases
-where run_id = $run_id and sharpness_mean is not null
-order by step
+select run_id, step, line, sharpness_mean, kta_mean, phase
+from phases join runs using (run_id)
+where learning_rate = {rate} and seed = {seed} and sharpness_mean is not null
+order by run_id, step
 """.strip()
 
 
-def frame(root: Root, sql: str, parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def frame(root: Root, sql: str) -> pd.DataFrame:
     """Rows of a query on the catalogue as it is."""
     table = catalog.query(root, sql, sync=False)
     return pd.DataFrame(table.rows, columns=table.columns)
@@ -147,8 +147,15 @@ def shared_level(root: Root) -> float:
     return min(common)
 
 
+def edge_sql(root: Root, run_id: str) -> str:
+    """The query for one run. It names the run by numbers: text from a store does not become part of a statement."""
+    runs = lines(root).set_index("run_id")
+    rate, seed = runs.loc[run_id, "learning_rate"], runs.loc[run_id, "seed"]
+    return EDGE.replace("{rate}", repr(float(rate))).replace("{seed}", str(int(seed)))
+
+
 def edge_run(root: Root) -> str:
-    """The run to show the edge with.
+    """The run to show the edge with, by name.
 
     From the learning rates whose every run crossed 2/η the middle one (the lower of two), there the first seed. In a
     store without such a learning rate, from those of which some run crossed; failing that, from all.
@@ -181,7 +188,7 @@ def setting(runs: Sequence[Run]) -> str:
         parts.append("p = " + either(f"{node['shape'][1]:,}" for node in parameters))
     seeds = sorted({run.attrs["seed"] for run in runs if "seed" in run.attrs})
     if seeds:
-        parts.append(f"{len(seeds)} seeds" if len(seeds) > 6 else "seed " + ", ".join(map(str, seeds)))
+        parts.append(f"{len(seeds)} seeds" if len(seeds) > 6 else f"seed{'s' * (len(seeds) > 1)} {words(seeds)}")
     parts.append(either(run.attrs.get("loss_convention", "").partition(";")[0] for run in runs))
     return " · ".join(part for part in parts if part)
 
@@ -199,4 +206,5 @@ def words(table: Any, without: Sequence[str] = ()) -> str:
 
 def either(texts: Iterable[str]) -> str:
     """Each text once, in order."""
-    return " | ".join(dict.fromkeys(texts))
+    distinct = dict.fromkeys(texts)
+    return (" | " if any("," in text for text in distinct) else ", ").join(distinct)

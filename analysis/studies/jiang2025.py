@@ -189,7 +189,7 @@ CHOICES = (
     ("optimiser", "full-batch gradient descent", "the paper's"),
     ("learning rates", "as listed above; the paper's figure singles out 0.1", "ours"),
     ("comparison", "all learning rates trained to roughly the same loss", "the paper's"),
-    ("that loss, and the limit on steps", "as listed above", "ours"),
+    ("that loss, and the limit on steps", "as the study file says; the smallest loss level listed above", "ours"),
     ("sharpness", "the top eigenvalue of the NTK", "the paper's"),
     ("its scale, and the line", "λ₁/n against 2/η, for L = (1/2n) ‖f - y‖²", "ours"),
     ("alignment", "KTA = yᵀKy / (‖K‖ ‖y‖²), and c_i of the top 20 eigenvectors", "the paper's"),

@@ -1,6 +1,5 @@
-"""The judges of the paper's claims on frames made by hand: passed, failed and underpowered, also right at thresholds."""
+"""The judges of the paper's claims on frames made by hand: passed, failed, underpowered, and right at thresholds."""
 
-import inspect
 from itertools import product
 
 import pandas as pd
@@ -31,8 +30,8 @@ def matched(**changes) -> pd.DataFrame:
     """Rows at matched loss of a study on which every claim holds, with whole columns changed by `changes`."""
     rows = [
         {
-            "learning_rate": rate, "seed": seed, "crossed": rate > 0.1, "kta": 0.1 + 0.5 * max(rate - 0.1, 0) + seed / 100,
-            "c5": 0.2 + rate, "ntk_sharpness": 2 / rate,
+            "learning_rate": rate, "seed": seed, "crossed": rate > 0.1, "c5": 0.2 + rate, "ntk_sharpness": 2 / rate,
+            "kta": 0.1 + 0.5 * max(rate - 0.1, 0) + seed / 100,
         }
         for rate, seed in product(RATES, SEEDS)
     ]  # fmt: skip
@@ -206,14 +205,13 @@ def test_a_claim_says_all_that_a_reader_needs(claim):
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_a_judge_reads_only_what_its_query_gives(name):
-    claim = CLAIMS[name]
-    selected = claim.sql.rpartition("select")[2].partition("from")[0]
-    assert all(column in selected for column in FRAMES[name]().columns if f'"{column}"' in inspect.getsource(claim.judge))
+def test_the_frames_here_have_the_columns_of_the_query(name):
+    selected = CLAIMS[name].sql.rpartition("select")[2].partition("from")[0]
+    assert all(column in selected for column in FRAMES[name]().columns)
 
 
 def test_the_figures_are_the_columns_of_the_papers_first_figure():
-    assert {name: figure.title[-3:-1] for name, figure in FIGURES.items()} == {"kta": "1a", "modes": "1b", "phases": "1c"}
+    assert [figure.title[-3:-1] for figure in FIGURES.values()] == ["1a", "1b", "1c"]
     assert all(FIGURES[name].draw is GENERAL[name].draw for name in FIGURES)
 
 

@@ -172,7 +172,7 @@ def test_analyze_computes_once(store):
     call("analyze", store)
     again = rows("analyze", store)
     assert again
-    assert not any(row["computed"] for row in again)
+    assert {row["state"] for row in again} == {"fresh"}
 
 
 def test_claims_are_judged_and_too_few_seeds_are_underpowered(store):
@@ -303,7 +303,7 @@ def test_a_root_that_cannot_be_written_or_is_something_else_is_refused(tmp_path)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
-@pytest.mark.parametrize("command", [["status"], ["analyze", "-q"], ["sql"], ["plot", "-q"], ["report", "-q"],
+@pytest.mark.parametrize("command", [["status"], ["analyze", "-q"], ["sql", "-q"], ["plot", "-q"], ["report", "-q"],
                                      ["claims", "-q"], ["verify", "-q"]], ids=lambda c: c[0])  # fmt: skip
 def test_a_root_that_is_no_store_is_refused_and_left_alone(tmp_path, command):
     name, *options = command
@@ -323,7 +323,7 @@ def test_a_root_that_is_no_store_is_refused_and_left_alone(tmp_path, command):
 def test_bad_or_writing_sql_is_one_line_and_changes_nothing(store, query, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = rows("sql", store, "select count(*) as n from runs")
-    refused(2, "sql", store, query)
+    refused(2, "sql", store, query, "-q")
     assert rows("sql", store, "select count(*) as n from runs") == before
     assert list(tmp_path.iterdir()) == []
 
