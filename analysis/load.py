@@ -142,10 +142,10 @@ class _Stored:
 
     def __getitem__(self, key: tuple[Any, ...]) -> NDArray[Any]:
         first, *rest = key
-        rows = range(self.shape[0])[first]
-        if isinstance(rows, int):
-            return self.run.read(self.name, rows, rows + 1)[(0, *rest)]
-        return self.run.read(self.name, rows.start, rows.stop)[(slice(None, None, rows.step), *rest)]
+        rows = np.arange(self.shape[0])[first]
+        low, high = (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
+        picked = slice(None, None, first.step) if isinstance(first, slice) else rows - low
+        return self.run.read(self.name, low, high)[(picked, *rest)]
 
 
 def _stored(run: Run, name: str, rows: int) -> da.Array:
@@ -158,7 +158,6 @@ def _stored(run: Run, name: str, rows: int) -> da.Array:
         array,
         chunks=(rows, *array.shape[1:]),
         name=f"{name}-{tokenize(str(run.path), run.head, rows)}",
-        fancy=False,
         meta=np.empty((0,) * array.ndim, array.dtype),
     )
 

@@ -273,8 +273,8 @@ def _snippets(root: Root, runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [
         (
             "SQL: KTA by learning rate and step, on the catalogue",
-            f'ntk-eos sql {shlex.quote(where)} "select learning_rate, step, avg(kta), stddev(kta), count(*) from alignment '
-            'join runs using (run_id) group by 1, 2 order by 1, 2"',
+            f'ntk-eos sql {shlex.quote(where)} "select learning_rate, step, avg(kta), stddev(kta), count(*) '
+            'from alignment join runs using (run_id) group by 1, 2 order by 1, 2"',
         ),
         (
             "Plain xarray: a run, or all runs, without this project's code",

@@ -453,7 +453,14 @@ def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as
 
     with console.Progress(f"verifying {root}", quiet) as progress:
         problems = verify_root(root, run_ids, deep=deep, progress=progress.update)
-    console.show([vars(problem) for problem in problems], as_json=as_json, empty=f"{root}: nothing wrong was found")
+    if as_json:
+        console.show([vars(problem) for problem in problems], as_json=True)
+    else:
+        for problem in problems:
+            click.echo(f"{'damaged' if problem.damage else 'note   '}  {problem.where}: {problem.what}")
+            click.echo(f"         {problem.mend}")
+        if not problems:
+            click.echo(f"{root}: nothing wrong was found")
     ctx.exit(any(problem.damage for problem in problems))
 
 

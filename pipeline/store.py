@@ -112,9 +112,10 @@ def run_path(root: str | os.PathLike[str], run_id: str) -> Path:
 def heartbeat(path: Path) -> Document:
     """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
     try:
-        return json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
-    except (MissingError, InputError, ValueError):
+        beat = json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
+    except (MissingError, InputError, ValueError, RecursionError):
         return {}
+    return beat if isinstance(beat, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -651,8 +652,8 @@ def _documents(
     groups = {}
     for group, members in arrays.items():
         children = {array.variable.name: array.document(lengths[group]) for array in members}
-        groups[group] = zarr3.group_document({"last_step": attrs["last_step"]}, children)
-        nodes[group] = zarr3.group_document({})
+        groups[group] = zarr3.group_document({"run": attrs["run"]}, children)
+        nodes[group] = zarr3.group_document({"run": attrs["run"]})
         nodes |= {f"{group}/{name}": document for name, document in children.items()}
     root = zarr3.group_document({**attrs, "lengths": dict(lengths)}, nodes)
     root["attributes"]["record"] = _record_digest(root)

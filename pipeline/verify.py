@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,12 @@ def verify_root(
         except NtkEosError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue
-        problems += verify(run, deep, progress=lambda part, done=number, note=path.stem: progress(
-            (done + part) / len(paths), note))  # fmt: skip
+        problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
     return problems
+
+
+def _share(progress: Callable[[float, str], None], done: int, count: int, note: str, part: float) -> None:
+    progress((done + part) / count, note)
 
 
 def verify(run: Run, deep: bool = False, *, progress: Callable[[float], None] = lambda fraction: None) -> list[Problem]:
@@ -132,7 +136,9 @@ def _settled(run: Run, deep: bool) -> list[Problem]:
 def _witness(run: Run) -> Iterator[Problem]:
     """The heartbeat knows of no later commit: an older record that was put back is a record like any other."""
     beat, attrs = heartbeat(run.path), run.attrs
-    said = beat.get("commits", 0)
+    said = beat.get("commits")
+    if not isinstance(said, int):
+        return
     if said > attrs["commits"] or (said == attrs["commits"] and beat.get("head", run.head) != run.head):
         yield Problem(
             f"{run.run_id}/{RECORD}",
@@ -169,7 +175,7 @@ def _copies(run: Run) -> Iterator[Problem]:
     for group in ("probe", *run.lengths):
         nodes = run.arrays(group)
         growing = group != "probe"
-        attrs = {"last_step": run.attrs["last_step"]} if growing else {}
+        attrs = {"run": run.run_id} if growing else {}
         documents = {f"{group}/{name}": node for name, node in nodes.items()}
         for key, expected in {**documents, group: zarr3.group_document(attrs, nodes)}.items():
             try:
@@ -195,7 +201,7 @@ def _at_its_length(found: Any, expected: Document) -> Document:
         if any(length > nodes[name]["shape"][0] for name, length in lengths.items()) or len(set(lengths.values())) > 1:
             return expected
         behind = {name: {**node, "shape": [lengths[name], *node["shape"][1:]]} for name, node in nodes.items()}
-        return zarr3.group_document({"last_step": found["attributes"]["last_step"]}, behind)
+        return {**expected, "consolidated_metadata": {**expected["consolidated_metadata"], "metadata": behind}}
     except (KeyError, TypeError, ValueError, IndexError):
         return expected
 

@@ -195,6 +195,8 @@ def setting(runs: Sequence[Run]) -> str:
 
 def words(table: Any, without: Sequence[str] = ()) -> str:
     """A table of a study in words: `mlp (width 64, depth 2)` for {"name": "mlp", "width": 64, "depth": 2}."""
+    if isinstance(table, bool):
+        return "yes" if table else "no"
     if isinstance(table, list | tuple):
         return ", ".join(map(words, table))
     if not isinstance(table, Mapping):

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import schema
+from pipeline.schema import Variable, chunk_shape, row_variables
+
+
+@pytest.mark.parametrize("group", schema.GROUPS)
+def test_a_row_is_its_coordinates_its_variables_and_its_digest(group):
+    names = [variable.name for variable in row_variables(group)]
+    own = [name for name in schema.GROUPS[group] if name not in schema.ROW]
+    assert names == ["step", "learning_rate", "seed", "loss", *own, "digest"]
+    assert all(variable.dims[0] == "step" for variable in row_variables(group))
+
+
+def test_snapshots_answer_what_the_finer_groups_answer():
+    assert schema.GROUPS["snapshots"].keys() > schema.GROUPS["spectra"].keys() | schema.GROUPS["scalars"].keys()
+
+
+def test_a_row_can_be_restricted_and_keeps_the_order_of_the_schema():
+    names = [variable.name for variable in row_variables("snapshots", ["trace", "ntk"])]
+    assert names == ["step", "learning_rate", "seed", "loss", "ntk", "trace", "digest"]
+
+
+def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
+    every = [variable for group in schema.GROUPS for variable in row_variables(group)]
+    assert {variable.name for variable in every if variable.volatile} == {"wall_time", "digest"}
+
+
+def test_every_variable_says_what_it_is():
+    for variable in [*schema.PROBE.values(), *(v for group in schema.GROUPS for v in row_variables(group))]:
+        assert variable.units
+        assert variable.long_name
+        assert variable.description.endswith(".")
+        assert variable.dtype == "model" or np.dtype(variable.dtype).kind in "fiu"
+
+
+OWN = Variable("v", ("step",), "float32", "1", "", "", rows_per_chunk=None)
+SHARED = Variable("v", ("step",), "float32", "1", "", "", rows_per_chunk=64)
+
+
+@given(st.lists(st.integers(1, 5000), max_size=3), st.sampled_from([1, 4, 8]))
+def test_shared_chunks_hold_whole_rows(row, itemsize):
+    assert chunk_shape(SHARED, (1, *row), itemsize) == (64, *row)
+
+
+@given(st.lists(st.integers(1, 9999), min_size=1, max_size=3), st.sampled_from([4, 8]))
+def test_own_chunks_are_bands_of_whole_lines_no_larger_than_needed_or_allowed(row, itemsize):
+    one, lines, *rest = chunk_shape(OWN, (1, *row), itemsize)
+    line = itemsize * int(np.prod(row[1:], dtype=object))
+    assert (one, *rest) == (1, *row[1:])
+    assert 1 <= lines <= row[0]
+    assert lines == 1 or lines * line <= schema.BAND_BYTES
+    assert lines == row[0] or (lines + 1) * line > schema.BAND_BYTES
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [
+        ((1, 1000, 1000), (1, 1000, 1000)),
+        ((1, 9999, 9999), (1, 419, 9999)),
+        ((1, 10_000, 10_000), (1, 2048, 2048)),
+        ((1, 10_000, 9_999), (1, 419, 9_999)),
+        ((1, 5_000_000), (1, 4_194_304)),
+    ],
+)
+def test_chunks_of_float32_matrices(shape, chunks):
+    assert chunk_shape(OWN, shape, 4) == chunks

@@ -1,0 +1,134 @@
+"""A torch-free training loop for tests of the store: its rows follow from the step, so every reader can check them.
+
+python tests/writer_loop.py ROOT run STEPS     write the run to its end, with commits at random moments
+python tests/writer_loop.py ROOT hold          hold the run's lease until stdin closes
+"""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.schema import GROUPS
+from pipeline.store import Run, Writer, find_run
+
+RUN = "lr-0.1_seed-0"
+N, C, K, P = 6, 2, 3, 7
+DIMS = {"sample": N, "sample2": N, "output": C, "eig": K, "parameter_index": P}
+CADENCES = {"train": 1, "scalars": 2, "spectra": 3, "snapshots": 5}
+
+
+def probe(seed: int = 0) -> dict[str, np.ndarray]:
+    """The examples of a run."""
+    rng = np.random.default_rng(seed)
+    return {
+        "sample_index": np.arange(N),
+        "input": rng.normal(size=(N, 4)).astype(np.float32),
+        "target": rng.normal(size=(N, C)).astype(np.float32),
+    }
+
+
+def row(group: str, step: int) -> dict[str, Any]:
+    """What `group` gets at `step`."""
+    rng = np.random.default_rng([step, 1])
+    kernel = rng.normal(size=(N, N))
+    values = {
+        "step": step,
+        "learning_rate": 0.1,
+        "seed": 0,
+        "loss": 1 / (step + 1),
+        "accuracy": 0.5,
+        "grad_norm": float(rng.normal()),
+        "wall_time": float(step),
+        "ntk": kernel,
+        "parameter": rng.normal(size=P),
+        "eigenvalue": np.linalg.eigvalsh(kernel @ kernel.T)[:K],
+        "eigenvector": rng.normal(size=(N, K)),
+        "prediction": rng.normal(size=(N, C)),
+        "ntk_sharpness": float(rng.normal()),
+        "frobenius_norm": float(rng.normal()),
+        "trace": float(np.trace(kernel)),
+        "target_energy": float(rng.normal()),
+    }
+    return {name: values[name] for name in ("step", "learning_rate", "seed", "loss", *GROUPS[group])}
+
+
+def rows(step: int, groups: tuple[str, ...] = tuple(GROUPS)) -> dict[str, dict[str, Any]]:
+    """Rows of all groups that are due at `step`."""
+    return {group: row(group, step) for group in groups if step % CADENCES[group] == 0}
+
+
+def open_writer(root: Path | str, **options: Any) -> Writer:
+    """The writer of a run, with the defaults of these tests."""
+    groups = options.pop("groups", tuple(GROUPS))
+    options = {
+        "run_id": RUN,
+        "identity": {"model": "none"},
+        "attrs": {"title": "a test", "learning_rate": 0.1, "seed": 0},
+        "dims": DIMS,
+        "groups": {group: list(GROUPS[group]) for group in groups},
+        "capacity": dict.fromkeys(groups, 50),
+        "probe": probe(),
+        "dtype": "float32",
+    } | options
+    return Writer.open(root, options.pop("run_id"), **options)
+
+
+def next_step(writer: Writer) -> int:
+    """The step that the run lacks."""
+    return 0 if writer.last_step is None else writer.last_step + 1
+
+
+def advance(writer: Writer, stop: int, every: int = 1000, groups: tuple[str, ...] = tuple(GROUPS)) -> None:
+    """Go on to step `stop`, exclusive, with a commit after every `every` steps and at the end."""
+    for step in range(next_step(writer), stop):
+        writer.append(step, rows(step, groups))
+        if (step + 1) % every == 0 and step + 1 < stop:
+            writer.commit(checkpoint(step))
+    writer.commit(checkpoint(stop - 1))
+
+
+def checkpoint(step: int) -> bytes:
+    """What continues the run after `step`."""
+    return f"step {step}".encode()
+
+
+def write_run(root: Path | str, steps: int = 12, *, every: int = 4, status: str | None = "complete",
+              **options: Any) -> Run:  # fmt: skip
+    """Write a run, or go on with one, to `steps` rows of `train`; left growing if `status` is None."""
+    groups = options.get("groups", tuple(GROUPS))
+    with open_writer(root, **options) as writer:
+        advance(writer, steps, every, groups)
+        if status is not None:
+            writer.finish(status, "steps")
+    return find_run(root, options.get("run_id", RUN))
+
+
+def assert_rows_are_those_of_their_steps(run: Run) -> int:
+    """Compare every visible value with what was written; returns the number of rows."""
+    for group, length in run.lengths.items():
+        assert run.read(f"{group}/step").tolist() == [CADENCES[group] * i for i in range(length)]
+        columns = {name: run.read(f"{group}/{name}") for name in run.arrays(group) if name != "digest"}
+        for index in range(length):
+            for name, value in row(group, CADENCES[group] * index).items():
+                np.testing.assert_array_equal(columns[name][index], np.asarray(value).astype(columns[name].dtype))
+    return sum(run.lengths.values())
+
+
+def main(root: str, what: str, steps: str = "0") -> None:
+    """Be the other process of a test."""
+    with open_writer(root) as writer:
+        print("open", flush=True)
+        if what == "hold":
+            sys.stdin.read()
+            return
+        dice = random.Random()
+        while next_step(writer) < int(steps):
+            advance(writer, min(next_step(writer) + dice.randint(1, 12), int(steps)))
+        writer.finish("complete", "steps")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
