@@ -80,7 +80,7 @@ def sync(root: str | os.PathLike[str]) -> Path:
     """
     path = Path(root, NAME)
     known = _known(path)
-    if known is None or _fingerprints(root, known) != known:
+    if _fingerprints(root, known or {}) != known:
         with _writing(root, wait=known is None) as mine:
             if mine:
                 _update(root)
@@ -332,7 +332,7 @@ def _rows(run: Run, derived: Mapping[str, Path]) -> "dict[str, pd.DataFrame]":
     for measure, path in derived.items():
         try:
             ds = results.read(path)
-        except FileNotFoundError:
+        except MissingError:
             continue  # replaced a moment ago: the next sync sees another fingerprint
         if measure == "alignment":
             rows["alignment"] = _columns(run, "alignment", ds)

@@ -19,8 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from analysis import catalog, results, studies
 from analysis.judge import judge_store, matched_level
 from analysis.plots import FIGURES, render
+from analysis.plots.files import write
 from analysis.plots.numbers import LINES, either, frame, lines, words
-from pipeline.disk import Directory
 from pipeline.errors import NtkEosError
 from pipeline.store import Run, list_runs
 
@@ -38,7 +38,7 @@ SIGNS = {"passed": "✓ ", "failed": "✗ ", "underpowered": "? ", "diverged": "
 
 MATCHED = f"""
 with {LINES}, matched as (
-  select run_id, min(step) as step from alignment where loss <= {{level}} and c5 is not null group by run_id
+  select run_id, min(step) as step from alignment where loss <= {{level}} and c1 is not null group by run_id
 )
 select line, learning_rate, count(*) as runs, count(step) as reached, avg(step) as step, avg(loss) as loss,
        avg(kta) as kta, stddev(kta) as kta_sd, avg(c5) as c5, stddev(c5) as c5_sd,
@@ -79,9 +79,7 @@ def write_report(
     catalog.sync(root)
     page = _page(root, progress)
     path = Path(root, "report.html") if out is None else Path(out)
-    folder = Directory(path.parent)
-    folder.make()
-    folder.put(path.name, page.encode(), durable=False)
+    write(path, page.encode())
     return path
 
 
@@ -97,7 +95,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
         loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "python": repr, "shell": shlex.quote}
     return environment.get_template("report.html.j2").render(
         title=either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
         summary=[("claims", verdicts), ("runs", statuses)],
@@ -109,7 +107,8 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
         matched=_matched(root),
         runs=_runs(root, runs),
         provenance=_provenance(runs),
-        snippets=_snippets(root, runs),
+        root=os.fspath(root),
+        example=runs[-1].run_id if runs else "RUN",
         tones=TONES,
         signs=SIGNS,
     )
@@ -176,13 +175,14 @@ def _facts(root: Root, runs: Sequence[Run]) -> Facts:
     keys = dict.fromkeys([*SETTINGS, *(key for identity in identities for key in identity)])
     sizes = frame(root, "select distinct n, c, p, k from runs").dropna(axis=1, how="all")
     names = {"n": "probe examples", "c": "outputs", "p": "parameters", "k": "eigenpairs"}
-    return [
+    facts = [
         ("study", either(str(run.attrs.get("study") or run.run_id) for run in runs)),
         *((key.replace("_", " "), either(words(i[key]) for i in identities if key in i)) for key in keys),
         *((names[letter], either(f"{letter} = {value:,}" for value in sizes[letter].dropna())) for letter in sizes),
         ("loss convention", either(str(run.attrs.get("loss_convention", "")) for run in runs)),
         ("why runs ended", _counted(run.attrs.get("stop_reason") or run.status for run in runs)),
     ]
+    return [(label, text) for label, text in facts if text]
 
 
 def _matched(root: Root) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _matched(root: Root) -> dict[str, Any]:
     try:
         level = matched_level(root)
     except NtkEosError as error:
-        return {"missing": f"Not compared: {error}."}
+        return {"missing": f"Not compared: {error}.", "level": None}
     sql = MATCHED.replace("{level}", repr(level))
     labels = lines(root).drop_duplicates("line").set_index("line")["label"]
     rows = [
@@ -264,28 +264,6 @@ def _provenance(runs: Sequence[Run]) -> Facts:
         ),
         ("changes of the environment", "; ".join(changes) or "none"),
         ("format", _counted(f"{run.attrs['Conventions']}, version {run.attrs['format_version']}" for run in runs)),
-    ]
-
-
-def _snippets(root: Root, runs: Sequence[Run]) -> list[tuple[str, str]]:
-    where = os.fspath(root)
-    run = runs[-1].path.name if runs else "<run_id>.zarr"
-    return [
-        (
-            "SQL: KTA by learning rate and step, on the catalogue",
-            f'ntk-eos sql {shlex.quote(where)} "select learning_rate, step, avg(kta), stddev(kta), count(*) '
-            'from alignment join runs using (run_id) group by 1, 2 order by 1, 2"',
-        ),
-        (
-            "Plain xarray: a run, or all runs, without this project's code",
-            f"import xarray as xr\n\nrun = xr.open_datatree({f'{where}/runs/{run}'!r})\n"
-            'run["scalars"].ntk_sharpness * run["scalars"].learning_rate / 2  # 1 at the edge',
-        ),
-        (
-            "Python: C(5) of every run at loss 0.01",
-            f'import analysis\n\nrows = analysis.open_sweep({where!r}, group="spectra")\n'
-            "analysis.alignment(analysis.at_loss(rows, 0.01)).cumulative_alignment.isel(eig=4).to_series()",
-        ),
     ]
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.tables import LEADING
 from pipeline.disk import Directory
-from pipeline.errors import InputError, MissingError
+from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import Run, find_run, list_runs
 
 if TYPE_CHECKING:  # imported where something is computed: to see that nothing is stale takes none of it
@@ -177,12 +177,23 @@ def is_fresh(root: str | os.PathLike[str], run: Run) -> bool:
 
 
 def read(path: Path) -> "xr.Dataset":
-    """A result, in memory."""
-    import xarray as xr
-    from zarr.storage import ZipStore
+    """A result, in memory.
 
-    with ZipStore(path, mode="r") as store:
-        ds = xr.open_zarr(store, consolidated=False, chunks=None).load()
+    Raises:
+        MissingError: if it is not there.
+        DamagedStore: if its bytes are not those that were written.
+    """
+    import xarray as xr
+    from zarr.buffer.cpu import Buffer
+    from zarr.storage import MemoryStore
+
+    data = Directory(path.parent).get(path.name)
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            entries: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise DamagedStore(f"{path}: {error}; remove it, and `ntk-eos analyze` computes it again") from error
+    ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
     return ds[sorted(ds.data_vars)]  # they come in the order in which their metadata were read
 
 
@@ -207,7 +218,7 @@ def _zipped(ds: "xr.Dataset") -> bytes:
     """A dataset as a zipped Zarr group."""
     from zarr.storage import MemoryStore
 
-    # Not a ZipStore: xarray writes the group's metadata twice, which a zip file would keep twice.
+    # Not into a ZipStore: xarray writes the group's metadata twice, and a zip file would keep both.
     entries: dict[str, Any] = {}
     ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3)
     buffer = BytesIO()

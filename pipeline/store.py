@@ -382,8 +382,9 @@ class Writer:
             RunLocked: if another process writes this run.
         """
         runs = open_root(root)
+        identity, attrs = zarr3.as_stored(identity), zarr3.as_stored(attrs)
         seed = chain_seed(identity, probe)
-        planned = _planned(groups, dims, dtype, attributes or {})
+        planned = _planned(groups, dims, dtype, zarr3.as_stored(dict(attributes or {})))
         name = run_id + SUFFIX
         with runs.lease(".lock", _holder(), wait=True):
             # Nobody else creates now, so half-made folders are a killed writer's.
@@ -547,7 +548,7 @@ class Writer:
 
     def note(self, **attrs: Any) -> None:
         """Set further root attributes; they are published with the next commit."""
-        self._attrs |= attrs
+        self._attrs |= zarr3.as_stored(attrs)
 
     def heartbeat(self, status: str, **facts: Any) -> None:
         """Say how the run stands, for `status` and progress bars; also a witness of the last commit."""

@@ -271,14 +271,15 @@ def _rows_and_chain(run: Run, progress: Callable[[float], None]) -> Iterator[Pro
             done += 1
             progress(done / total)
     seed = bytes.fromhex(run.attrs["seed_digest"])
-    try:
-        probe = {name: run.read(f"probe/{name}") for name in run.arrays("probe")}
-    except DamagedStore as error:
-        yield Problem(f"{run.run_id}/probe", str(error), _mend(run.path))
-    else:
-        if chain_seed(run.attrs["identity"], probe) != seed:
-            what = "the examples are not those that the run was measured on: their digest differs"
-            yield Problem(f"{run.run_id}/probe", what, _mend(run.path))
+    probe = {}
+    for name in run.arrays("probe"):
+        try:
+            probe[name] = run.read(f"probe/{name}")
+        except DamagedStore as error:
+            yield Problem(f"{run.run_id}/probe/{name}", str(error), _mend(run.path))
+    if probe.keys() == run.arrays("probe").keys() and chain_seed(run.attrs["identity"], probe) != seed:
+        what = "the examples are not those that the run was measured on: their digest differs"
+        yield Problem(f"{run.run_id}/probe", what, _mend(run.path))
     head = seed
     for _, _, digest in sorted(links):
         head = blake(head, digest)

@@ -81,6 +81,11 @@ def to_json(document: Document) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def as_stored(document: Document) -> Document:
+    """The document as it will be read back; JSON turns keys that are numbers into text, which sorts otherwise."""
+    return json.loads(to_json(document))
+
+
 @cache
 def _blosc(itemsize: int) -> Blosc:
     return Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0, typesize=itemsize)

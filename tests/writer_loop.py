@@ -62,13 +62,14 @@ def rows(step: int, groups: tuple[str, ...] = tuple(GROUPS)) -> dict[str, dict[s
 
 def open_writer(root: Path | str, **options: Any) -> Writer:
     """The writer of a run, with the defaults of these tests."""
-    groups = options.pop("groups", tuple(GROUPS))
+    groups = options.pop("groups", tuple(GROUPS))  # names, or the variables of each
+    variables = groups if isinstance(groups, dict) else {group: list(GROUPS[group]) for group in groups}
     options = {
         "run_id": RUN,
         "identity": {"model": "none"},
         "attrs": {"title": "a test", "learning_rate": 0.1, "seed": 0},
         "dims": DIMS,
-        "groups": {group: list(GROUPS[group]) for group in groups},
+        "groups": variables,
         "capacity": dict.fromkeys(groups, 50),
         "probe": probe(),
         "dtype": "float32",
@@ -112,8 +113,9 @@ def assert_rows_are_those_of_their_steps(run: Run) -> int:
         assert run.read(f"{group}/step").tolist() == [CADENCES[group] * i for i in range(length)]
         columns = {name: run.read(f"{group}/{name}") for name in run.arrays(group) if name != "digest"}
         for index in range(length):
-            for name, value in row(group, CADENCES[group] * index).items():
-                np.testing.assert_array_equal(columns[name][index], np.asarray(value).astype(columns[name].dtype))
+            expected = row(group, CADENCES[group] * index)
+            for name, column in columns.items():
+                np.testing.assert_array_equal(column[index], np.asarray(expected[name]).astype(column.dtype))
     return sum(run.lengths.values())
 
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.title_fontsize": 8,
     "figure.facecolor": "white", "figure.constrained_layout.use": True, "axes.titlesize": 8,
     "axes.titlelocation": "left", "axes.titlecolor": "0.35", "axes.spines.top": False, "axes.spines.right": False,
@@ -28,6 +28,7 @@ X_LABELS = {
 }
 # Okabe and Ito (2008): told apart with any colour vision.
 BLUE, VERMILION, GREY, SHADE = "#0072B2", "#D55E00", "0.35", "0.82"
+MARKERS = "os^Dv<p>"
 BAND = 0.14  # opacity of a band of one standard deviation
 
 # `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
@@ -70,13 +71,14 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
         notes.append(Patch(color=GREY, alpha=BAND, linewidth=0, label="± 1 sd over seeds"))
     if dashes:
         notes.append(Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="never passed 2/η"))
-    for diverged, marker, size, label in ((False, "o", 16, "last row of a run"), (True, "x", 25, "a run diverged")):
-        chosen = ends[(ends["status"] == "diverged") == diverged]
-        if len(chosen):
-            fill = [palette[label] for label in chosen["label"]]
-            axes.scatter(chosen[x], chosen["kta"], c=fill, marker=marker, s=size, linewidths=diverged, zorder=4)
-            notes.append(Line2D([], [], color=GREY, marker=marker, markersize=size**0.5, linestyle="", label=label))
-    if x == "loss":
+    diverged = ends["status"] == "diverged"
+    _ends(axes, ends[~diverged], x, palette, notes, "o", "last row of a run")
+    if x != "loss":
+        _ends(axes, ends[diverged], x, palette, notes, "x", "a run diverged")
+    elif diverged.any():
+        # The last loss of a run that diverged may be anything up to the largest number: it would stretch the axis.
+        notes.append(Line2D([], [], linestyle="", label=f"{diverged.sum()} diverged, not shown"))
+    if x == "loss" and len(curves):
         axes.set_xscale("log")
         axes.invert_xaxis()
     elif x == "step":
@@ -117,7 +119,11 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
         axes.set(xlim=(0.3, last + 0.7), ylim=(0, 1.05 * top), xticks=ticks)
         axes.tick_params(labelbottom=i == len(rows) - 1)
         axes.grid(visible=False, axis="x")
-        right.plot(chosen["mode"], chosen["cumulative"], color=colour, marker="o", markersize=2.6, label=label)
+        # Open marks of different shape: curves that coincide show both.
+        right.plot(
+            chosen["mode"], chosen["cumulative"], color=colour, linewidth=1, marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5, markerfacecolor="none", label=label,
+        )  # fmt: skip
         _band(right, chosen["mode"], chosen["cumulative"], chosen["cumulative_sd"], colour)
     rows[len(rows) // 2].set_ylabel("cᵢ = (vᵢᵀy)² / ‖y‖²", y=0.5 if len(rows) % 2 else 1.1)
     rows[-1].set_xlabel("mode i, by eigenvalue")
@@ -201,6 +207,16 @@ def _head(axes: Axes, title: str, setting: str) -> None:
     )  # fmt: skip
 
 
+def _ends(
+    axes: Axes, ends: pd.DataFrame, x: str, palette: dict[str, str], notes: list[Any], marker: str, note: str
+) -> None:
+    """Mark where runs end, and say so in the notes if there are any."""
+    if len(ends):
+        fill = [palette[label] for label in ends["label"]]
+        axes.scatter(ends[x], ends["kta"], c=fill, marker=marker, s=18, linewidths=marker == "x", zorder=4)
+        notes.append(Line2D([], [], color=GREY, marker=marker, markersize=4.5, linestyle="", label=note))
+
+
 def _dashes(labels: Sequence[str]) -> dict[str, tuple[float, tuple[float, float]]]:
     """A dash pattern per label; where lines coincide, as they should below the edge, the dashes alternate."""
     gap = 4 * max(len(labels) - 1, 0.5)
@@ -212,6 +228,8 @@ def _band(axes: Axes, x: pd.Series, mean: pd.Series, deviation: pd.Series, colou
 
 
 def _legend(figure: Figure, place: str, **options: Any) -> None:
-    legend = figure.legend(loc=f"outside right {place}", alignment="left", **options)
+    """A legend beside the axes, in the upper or lower corner."""
+    options |= {"loc": f"outside right {place}", "alignment": "left"}
+    legend = figure.legend(**options)
     for text in legend.get_texts():
         text.set_parse_math(False)

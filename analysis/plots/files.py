@@ -50,9 +50,21 @@ def save(
     Raises:
         InputError: for another format, or a folder that cannot be written.
     """
-    rendered = {f"{name}.{kind}": render(figure, kind) for kind in formats}
-    target = Directory(folder)
-    target.make()
-    for file, data in rendered.items():
-        target.put(file, data, durable=False)
-    return [target.path / file for file in rendered]
+    rendered = {Path(folder, f"{name}.{kind}"): render(figure, kind) for kind in formats}
+    for path, data in rendered.items():
+        write(path, data)
+    return list(rendered)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a whole file in its place at once, folders included.
+
+    Raises:
+        InputError: if the file system refuses.
+    """
+    folder = Directory(path.parent)
+    folder.make()
+    try:
+        folder.put(path.name, data, durable=False)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a file that you may write") from error

@@ -140,7 +140,7 @@ def shared_level(root: Root) -> float:
     Raises:
         InputError: if they share none.
     """
-    recorded = [set(run.attrs["identity"].get("record", {}).get("loss_levels", ())) for run in list_runs(root)]
+    recorded = [set(dict(_flat(run.attrs["identity"])).get("record.loss_levels", ())) for run in list_runs(root)]
     common = set.intersection(*recorded) if recorded else set()
     if not common:
         raise InputError(f"the runs of {root} share no loss level; set record.loss_levels in the study to compare them")
@@ -189,7 +189,7 @@ def setting(runs: Sequence[Run]) -> str:
     seeds = sorted({run.attrs["seed"] for run in runs if "seed" in run.attrs})
     if seeds:
         parts.append(f"{len(seeds)} seeds" if len(seeds) > 6 else f"seed{'s' * (len(seeds) > 1)} {words(seeds)}")
-    parts.append(either(run.attrs.get("loss_convention", "").partition(";")[0] for run in runs))
+    parts.append(either(run.attrs.get("loss_convention", "").partition(";")[0].rstrip(".") for run in runs))
     return " · ".join(part for part in parts if part)
 
 

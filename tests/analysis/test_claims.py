@@ -1,0 +1,133 @@
+"""Claims and their judging: when rows are too few, at which loss runs are compared, and what is kept of a verdict."""
+
+import pandas as pd
+import pytest
+from mock_store import mock_run, mock_store
+
+from analysis import catalog, results
+from analysis.claims import MIN_SEEDS, Claim, Verdict, spread, too_few
+from analysis.judge import judge, judge_store, matched_level
+from analysis.studies import PAPERS, figures, paper, papers
+from analysis.studies.jiang2025 import CLAIMS
+from pipeline.errors import InputError
+
+PAPER = {"paper": "jiang2025", "claims": ["kta_rises_with_learning_rate", "c5_rises"]}
+
+
+def derived(root):
+    results.analyze(root)
+    catalog.sync(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A study of two seeds per learning rate: too few for a verdict."""
+    return derived(mock_store(tmp_path_factory.mktemp("claims"), steps=12, attrs=PAPER))
+
+
+def rows(seeds: dict[float, int]) -> pd.DataFrame:
+    return pd.DataFrame([{"learning_rate": rate, "seed": s} for rate, n in seeds.items() for s in range(n)])
+
+
+def test_enough_seeds_at_every_learning_rate_are_not_too_few():
+    assert too_few(rows({0.1: MIN_SEEDS, 0.2: MIN_SEEDS + 2})) is None
+
+
+def test_the_first_learning_rate_that_is_short_is_named():
+    assert too_few(rows({0.1: 3, 0.2: 2, 0.3: 1})) == "only 2 complete run(s) at learning rate 0.2, 3 needed"
+
+
+def test_a_seed_counts_once():
+    frame = pd.concat([rows({0.1: 2})] * 3)
+    assert too_few(frame) == "only 2 complete run(s) at learning rate 0.1, 3 needed"
+
+
+def test_no_rows_are_too_few():
+    assert too_few(rows({})) == "no run reached the matched loss"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.25], "0.250"), ([0.1, 0.3], "0.200 ± 0.141"), ([0.2, 0.2, 0.2], "0.200 ± 0.000")]
+)
+def test_spread_is_mean_and_sample_deviation(values, expected):
+    assert spread(pd.Series(values)) == expected
+
+
+def test_runs_are_compared_at_the_smallest_level_that_all_record(store, tmp_path, monkeypatch):
+    assert matched_level(store) == 0.1
+
+    class Recorded:
+        def __init__(self, levels):
+            self.attrs = {"identity": {"record": {"loss_levels": levels}}}
+
+    monkeypatch.setattr("analysis.judge.list_runs", lambda root: [Recorded([0.1, 0.01]), Recorded([1.0, 0.1, 0.01])])
+    assert matched_level(tmp_path) == 0.01
+    monkeypatch.setattr("analysis.judge.list_runs", lambda root: [Recorded([0.1]), Recorded([])])
+    with pytest.raises(InputError, match="share no loss level"):
+        matched_level(tmp_path)
+
+
+def test_a_judge_sees_the_rows_of_its_query(store):
+    seen = []
+
+    def look(frame: pd.DataFrame) -> Verdict:
+        seen.append(frame)
+        return Verdict("passed", "seen", len(frame))
+
+    sql = "select learning_rate, seed, {level}::double as level from runs order by 1, 2"
+    judged = judge(store, "mock", Claim("look", "It is seen.", "Always.", "nobody", sql, look))
+    assert seen[0].to_dict("list") == {
+        "learning_rate": [0.1, 0.1, 1.2, 1.2], "seed": [0, 1, 0, 1], "level": [0.1] * 4,
+    }  # fmt: skip
+    assert judged.sql == sql.replace("{level}", "0.1")
+    assert judged.as_row()["runs"] == 4
+    assert judged.as_row()["changes"] is None
+
+
+def test_every_claim_can_be_asked_of_any_store(store):
+    for claim in CLAIMS.values():
+        assert judge(store, "mock", claim).verdict.verdict == "underpowered"
+
+
+def test_a_store_is_judged_by_what_its_runs_name_and_the_verdicts_are_kept(store):
+    judged = judge_store(store)
+    assert [judgement.claim.name for judgement in judged] == PAPER["claims"]
+    kept = catalog.query(store, "select claim, verdict, runs, source from claims order by claim")
+    assert kept.rows == sorted(
+        (j.claim.name, j.verdict.verdict, j.verdict.runs, j.claim.source) for j in judged
+    )  # fmt: skip
+
+
+def test_runs_that_name_no_paper_make_no_claims(tmp_path):
+    mock_run(tmp_path, 0.1, 0, steps=3)
+    assert judge_store(derived(tmp_path)) == []
+    assert papers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"paper": "nobody2020", "claims": ["c5_rises"]}, r"paper 'nobody2020' has no module .* jiang2025"),
+        ({"paper": "jiang2025", "claims": ["c6_rises"]}, r"claim 'c6_rises' is not one of kta_rises"),
+    ],
+    ids=["paper", "claim"],
+)
+def test_an_unknown_name_is_an_error_that_lists_the_known(tmp_path, attrs, message):
+    mock_run(tmp_path, 0.1, 0, steps=3, attrs=attrs)
+    with pytest.raises(InputError, match=message):
+        judge_store(derived(tmp_path))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_paper_has_claims_figures_choices_and_a_source(name):
+    module = paper(name)
+    assert module.CLAIMS
+    assert all(claim.name == key for key, claim in module.CLAIMS.items())
+    assert all(figure.name == key for key, figure in module.FIGURES.items())
+    assert all(len(choice) == 3 for choice in module.CHOICES)
+    assert module.SOURCE
+
+
+def test_a_store_has_the_figures_of_its_paper(store):
+    assert figures(store)["kta"].title.endswith("(the paper's figure 1a)")
