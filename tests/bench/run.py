@@ -125,10 +125,16 @@ def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
     def write_store() -> None:
         rows = {"learning_rate": 0.1, "seed": 0, "loss": 1.0, "ntk": None, "parameter": np.zeros(1, np.float32)}
         with Writer.open(
-            fresh(folder / "store"), "run", identity={}, attrs={},
-            dims={"sample": n, "sample2": n, "parameter_index": 1}, groups={"snapshots": ["ntk", "parameter"]}, capacity={"snapshots": count},
-            probe={"target": np.ones((n, 1), np.float32)}, dtype="float32",
-        ) as writer:  # fmt: skip
+            fresh(folder / "store"),
+            "run",
+            identity={},
+            attrs={},
+            dims={"sample": n, "sample2": n, "parameter_index": 1},
+            groups={"snapshots": ["ntk", "parameter"]},
+            capacity={"snapshots": count},
+            probe={"target": np.ones((n, 1), np.float32)},
+            dtype="float32",
+        ) as writer:
             for step, kernel in enumerate(data):
                 writer.append(step, {"snapshots": {**rows, "step": step, "ntk": kernel}})
             writer.commit(b"")

@@ -24,8 +24,8 @@ def test_the_commit_is_that_of_the_code(here):
     if not (root / ".git").exists():
         assert here["git_commit"] is None
         return
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert here["git_commit"] == (commit or None)
+    said = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert here["git_commit"] == (said.stdout.strip() or None)
 
 
 def test_without_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
