@@ -93,14 +93,14 @@ def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
     Args:
         root: folder of the store.
         sql: one statement that reads.
-        sync: bring the catalogue up to date first; it is built in any case if there is none.
+        sync: bring the catalogue up to date first; it is built in any case if there is none that can be used.
 
     Raises:
         MissingError: if the root does not exist.
         InputError: if DuckDB refuses the statement, it writes, or it takes too long or gives too much.
     """
     path = Path(root, NAME)
-    if sync or not path.exists():
+    if sync or _known(path) is None:
         path = _sync(root)
     with _open(path) as connection:
         timer = threading.Timer(QUERY_SECONDS, connection.interrupt)
@@ -130,7 +130,7 @@ def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike
     """
     if table not in TABLES:
         raise MissingError(f"table {table!r} is not one of {', '.join(TABLES)}")
-    if not Path(root, NAME).exists():
+    if _known(Path(root, NAME)) is None:
         sync(root)
     with duckdb.connect(Path(root, NAME), read_only=True) as connection:
         relation = connection.table(table)
@@ -165,7 +165,6 @@ def _open(path: Path) -> duckdb.DuckDBPyConnection:
         read_only=True,
         config={
             "enable_external_access": False,
-            "python_enable_replacements": False,
             "memory_limit": QUERY_MEMORY,
             "temp_directory": "",
             "lock_configuration": True,
@@ -227,7 +226,10 @@ def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dic
 
 def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
     # A record is replaced by a rename, so its file is another one, with another inode, after each commit.
-    stat = (folder / RECORD).stat()
+    try:
+        stat = (folder / RECORD).stat()
+    except FileNotFoundError as error:
+        raise MissingError(f"{folder} is not a run: it has no {RECORD}") from error
     record = f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_size}"
     final = next((status for status in FINAL if known.startswith(f"{record} {status} ")), None)
     status = final or read_run(folder).status
@@ -248,8 +250,11 @@ def _update(root: str | os.PathLike[str]) -> None:
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for run_id in changed:
         run = read_run(run_path(root, run_id))
+        if run.run_id != run_id:
+            raise InputError(f"{run.path} holds the run {run.run_id}: give its folder that name again")
         for name, frame in _rows(run, derived.get(run_id, {})).items():
-            frames[name].append(frame)
+            if len(frame):
+                frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
         frames["sync"].append(tables.frame_of("sync", [synced]))
     with _next(root) as connection:

@@ -55,7 +55,7 @@ class Claim:
 def too_few(frame: pd.DataFrame, by: str = "learning_rate") -> str | None:
     """Why the rows cannot carry a verdict, or None: each learning rate needs `MIN_SEEDS` complete runs."""
     if frame.empty:
-        return "no run reached the matched loss"
+        return "no complete run can be compared"
     seeds = frame.groupby(by)["seed"].nunique()
     short = seeds[seeds < MIN_SEEDS]
     if short.empty:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import catalog
 from analysis.claims import Claim, Verdict
+from analysis.load import shared_level
 from analysis.studies import paper
 from pipeline.errors import InputError
 from pipeline.store import list_runs
@@ -49,19 +50,6 @@ class Judgement:
         }
 
 
-def matched_level(root: str | os.PathLike[str]) -> float:
-    """The loss at which the runs of a store are compared: the smallest loss level that all of them record.
-
-    Raises:
-        InputError: if the runs share no loss level.
-    """
-    recorded = [set(run.attrs["identity"].get("record", {}).get("loss_levels", ())) for run in list_runs(root)]
-    common = set.intersection(*recorded) if recorded else set()
-    if not common:
-        raise InputError(f"the runs of {root} share no loss level; set record.loss_levels in the study to compare them")
-    return min(common)
-
-
 def judge_store(root: str | os.PathLike[str]) -> list[Judgement]:
     """Judge every claim that the studies of a store name, and keep the verdicts in the catalogue.
 
@@ -84,10 +72,14 @@ def judge_store(root: str | os.PathLike[str]) -> list[Judgement]:
 
 def judge(root: str | os.PathLike[str], study: str, claim: Claim) -> Judgement:
     """Judge one claim on the runs of `root`, whose catalogue is up to date."""
-    level = matched_level(root)
+    level = shared_level(root)
     sql = claim.sql.replace("{level}", repr(level))
     table = catalog.query(root, sql, sync=False)
     frame = pd.DataFrame(table.rows, columns=table.columns)
+    if frame.duplicated(["learning_rate", "seed"]).any():
+        # A mean over them would mix settings that the claim says nothing about.
+        reason = "runs of one learning rate and seed differ in something else; judge them in stores of their own"
+        return Judgement(study, claim, Verdict("underpowered", reason, len(frame)), sql, level)
     return Judgement(study, claim, claim.judge(frame), sql, level)
 
 

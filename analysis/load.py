@@ -211,3 +211,16 @@ def _check_sizes(runs: Sequence[Run], group: str) -> None:
 
 def _described(variable: schema.Variable) -> dict[str, str]:
     return {"units": variable.units, "long_name": variable.long_name, "description": variable.description}
+
+
+def shared_level(root: str | os.PathLike[str]) -> float:
+    """The loss at which runs of a store are compared: the smallest loss level that all of them record.
+
+    Raises:
+        InputError: if they share none.
+    """
+    recorded = [set(at(run.attrs["identity"], "record", "loss_levels") or ()) for run in list_runs(root)]
+    common = set.intersection(*recorded) if recorded else set()
+    if not common:
+        raise InputError(f"the runs of {root} share no loss level; set record.loss_levels in the study to compare them")
+    return min(common)

@@ -17,7 +17,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import catalog, results, studies
-from analysis.judge import judge_store, matched_level
+from analysis.judge import judge_store
+from analysis.load import shared_level
 from analysis.plots import FIGURES, render
 from analysis.plots.files import write
 from analysis.plots.numbers import LINES, either, frame, lines, words
@@ -74,8 +75,7 @@ def write_report(
         MissingError: if the root does not exist.
         InputError: if it is not a store, or the file cannot be written.
     """
-    progress(0.0, "results")
-    results.analyze(root)
+    results.analyze(root, progress=lambda share, note: progress(0.2 * share, note))
     catalog.sync(root)
     page = _page(root, progress)
     path = Path(root, "report.html") if out is None else Path(out)
@@ -100,6 +100,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
         title=either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
         summary=[("claims", verdicts), ("runs", statuses)],
         facts=_facts(root, runs),
+        sources=dict.fromkeys(str(run.attrs["study_source"]) for run in runs if run.attrs.get("study_source")),
         papers=_papers(root),
         claims=claims,
         claims_missing=claims_missing,
@@ -180,6 +181,8 @@ def _facts(root: Root, runs: Sequence[Run]) -> Facts:
         *((key.replace("_", " "), either(words(i[key]) for i in identities if key in i)) for key in keys),
         *((names[letter], either(f"{letter} = {value:,}" for value in sizes[letter].dropna())) for letter in sizes),
         ("loss convention", either(str(run.attrs.get("loss_convention", "")) for run in runs)),
+        ("stop", either(words(run.attrs["stop"]) for run in runs if "stop" in run.attrs)),
+        ("overrides", either(words(run.attrs["overrides"]) for run in runs if run.attrs.get("overrides"))),
         ("why runs ended", _counted(run.attrs.get("stop_reason") or run.status for run in runs)),
     ]
     return [(label, text) for label, text in facts if text]
@@ -188,7 +191,7 @@ def _facts(root: Root, runs: Sequence[Run]) -> Facts:
 def _matched(root: Root) -> dict[str, Any]:
     """One row per line of the figures at the smallest loss level that all runs record."""
     try:
-        level = matched_level(root)
+        level = shared_level(root)
     except NtkEosError as error:
         return {"missing": f"Not compared: {error}.", "level": None}
     sql = MATCHED.replace("{level}", repr(level))

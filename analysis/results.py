@@ -166,7 +166,7 @@ def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
     """The newest result of each measure, by run and measure; it may be older than the run's last commit."""
     newest: dict[str, dict[str, Path]] = {}
     for name in MEASURES:
-        for path in sorted(_files(root, name), key=lambda path: path.stat().st_mtime_ns):
+        for path in sorted(_files(root, name), key=_modified):
             newest.setdefault(path.name.removesuffix(SUFFIX).rpartition(".")[0], {})[name] = path
     return newest
 
@@ -247,6 +247,13 @@ def _has_input(measure: str, run: Run) -> bool:
 
 def _files(root: str | os.PathLike[str], measure: str) -> list[Path]:
     return list(Path(root, FOLDER, measure).glob(f"[!.]*{SUFFIX}"))
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # replaced since it was listed
+        return 0
 
 
 def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:

@@ -208,7 +208,14 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     if not runs:
         click.echo(f"nothing to do: all {len(study.runs())} runs of {study.name} in {root} are done", err=True)
         return 0
-    attrs = {"title": study.title, "study": study.name, "paper": study.paper, "claims": list(study.claims)}
+    attrs = {
+        "title": study.title,
+        "study": study.name,
+        "study_source": study.source,
+        "overrides": list(study.overrides),
+        "paper": study.paper,
+        "claims": list(study.claims),
+    }
     outcomes = []
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
         watch = _Watch(runs, root, progress)
@@ -374,10 +381,12 @@ def plot(
     root: str, figures: Sequence[str], x: str, out: str | None, formats: Sequence[str], as_json: bool, quiet: bool
 ) -> None:
     """Draw the figures of a study (all of them by default) and print their paths."""
-    from analysis import plots
+    from analysis import plots, studies
 
     _analyze(root, quiet)
-    paths = plots.draw_figures(root, figures, x=x, folder=out or str(Path(root, "figures")), formats=formats)
+    known = studies.figures(root)
+    folder = out or str(Path(root, "figures"))
+    paths = plots.draw_figures(root, figures, x=x, folder=folder, formats=formats, figures=known)
     if as_json:
         console.show([{"path": str(path)} for path in paths], as_json=True)
     else:

@@ -74,6 +74,7 @@ def train(
                 "axes": run.axes,
                 "family": run.family,
                 "loss_convention": (inspect.getdoc(criterion) or run.loss.name).splitlines()[0],
+                "stop": run.stop.model_dump(exclude_none=True),
                 "stability_line": rule.stability_line(run.learning_rate),
                 **(attrs or {}),
             },

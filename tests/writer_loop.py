@@ -119,6 +119,31 @@ def assert_rows_are_those_of_their_steps(run: Run) -> int:
     return sum(run.lengths.values())
 
 
+def planned_rows(group: str, stop: int) -> int:
+    """Rows that `group` has after the steps below `stop`."""
+    return -(-stop // CADENCES[group])
+
+
+def record(root: Path | str, groups: dict[str, list[str]], committed: list[int]) -> None:
+    """The life of a run: created, committed twice, outgrown, finished, taken up again, committed, finished.
+
+    Goes on from wherever the run stands; the steps that are safe are added to `committed`.
+    """
+    with open_writer(root, groups=groups, capacity=dict.fromkeys(groups, 1)) as writer:
+        for stop in (3, 6):
+            if writer.status == "running" and next_step(writer) < stop:
+                advance(writer, stop, groups=tuple(groups))
+                committed.append(stop)
+        if writer.status == "running":
+            writer.finish("complete", "loss")
+    with open_writer(root, groups=groups) as writer:
+        if next_step(writer) == 6:
+            writer.reopen(dict.fromkeys(groups, 4))
+            advance(writer, 8, groups=tuple(groups))
+            committed.append(8)
+        writer.finish("complete", "steps")
+
+
 def main(root: str, what: str, steps: str = "0") -> None:
     """Be the other process of a test."""
     with open_writer(root) as writer:

@@ -30,6 +30,7 @@ X_LABELS = {
 BLUE, VERMILION, GREY, SHADE = "#0072B2", "#D55E00", "0.35", "0.82"
 MARKERS = "os^Dv<p>"
 BAND = 0.14  # opacity of a band of one standard deviation
+MOST_LINES = 12  # more can neither be told apart nor named beside the axes
 
 # `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
 SHORTEST = 3
@@ -58,8 +59,9 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
     """
     figure = Figure(figsize=(7.6, 4.2))
     axes = figure.add_subplot()
+    palette, setting = _chosen(ends["label"], setting)
     _head(axes, "Kernel target alignment along training", setting)
-    palette = colours(ends["label"])
+    ends = ends[ends["label"].isin(palette)]
     crossed = ends.groupby("label")["crossed"].any()
     dashes = _dashes([label for label in palette if not crossed[label]])
     for label, colour in palette.items():
@@ -102,7 +104,8 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
         level: the matched loss.
         setting: what was trained, for the small print above the axes.
     """
-    palette = colours(shares["label"])
+    palette, setting = _chosen(shares["label"], setting)
+    shares = shares[shares["label"].isin(palette)]
     figure = Figure(figsize=(9.6, max(4.2, 0.7 * len(palette) + 1)))
     grid = figure.add_gridspec(len(palette), 2)
     right = figure.add_subplot(grid[:, 1])
@@ -205,6 +208,15 @@ def _head(axes: Axes, title: str, setting: str) -> None:
         title + "\n" * len(small), loc="center", x=0, ha="left", fontsize=11, fontweight="bold", color="black",
         parse_math=False,
     )  # fmt: skip
+
+
+def _chosen(labels: Iterable[str], setting: str) -> tuple[dict[str, str], str]:
+    """The lines to draw with their colours: both ends and as many between as fit; the small print says so."""
+    ordered = list(dict.fromkeys(labels))
+    if len(ordered) <= MOST_LINES:
+        return colours(ordered), setting
+    kept = [ordered[i] for i in np.linspace(0, len(ordered) - 1, MOST_LINES).round().astype(int)]
+    return colours(kept), f"{setting} · {MOST_LINES} of {len(ordered)} lines shown"
 
 
 def _ends(

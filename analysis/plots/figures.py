@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from analysis import catalog, results
+from analysis.load import shared_level
 from analysis.plots import numbers
 from analysis.plots.drawing import SETTLED, SHORTEST, plot_edge, plot_kta, plot_modes
 from analysis.plots.files import save
@@ -72,7 +74,7 @@ def draw_modes(root: Root, x: str = "mode") -> Figure:
         InputError: if the runs share no loss level.
         MissingError: if no run has eigenvectors at or below that loss.
     """
-    level = numbers.shared_level(root)
+    level = shared_level(root)
     shares = numbers.frame(root, modes_sql(root, x)).astype({"c_sd": float, "cumulative_sd": float})
     if shares.empty:
         raise MissingError(f"no run of {root} has eigenvectors at the matched loss {level:g}")
@@ -86,7 +88,7 @@ def draw_modes(root: Root, x: str = "mode") -> Figure:
 
 def modes_sql(root: Root, x: str) -> str:
     """The query behind `draw_modes`."""
-    return numbers.MODES.replace("{level}", repr(numbers.shared_level(root)))
+    return numbers.MODES.replace("{level}", repr(shared_level(root)))
 
 
 def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
@@ -166,10 +168,10 @@ def draw_figures(
     formats: Sequence[str] = ("png", "svg"),
     figures: Mapping[str, Drawing] = FIGURES,
 ) -> list[Path]:
-    """Draw figures of a store and write them.
+    """Draw figures of a store and write them; what is derived from the runs is brought up to date first.
 
     Args:
-        root: folder of the store, its catalogue up to date.
+        root: folder of the store.
         names: which figures; all that can be drawn by default.
         folder: where the files go.
         x: what a figure that allows it stands over: step, time or loss. Its file is then called, say, kta_time.png.
@@ -186,6 +188,8 @@ def draw_figures(
     for name in names:
         if name not in figures:
             raise InputError(f"figure {name!r}: must be one of {', '.join(figures)}")
+    results.analyze(root)
+    catalog.sync(root)
     paths: list[Path] = []
     problems: list[NtkEosError] = []
     for name in names or figures:

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from analysis import catalog
-from pipeline.errors import InputError, MissingError
-from pipeline.store import Run, list_runs
+from pipeline.errors import MissingError
+from pipeline.store import Run
 
 Root = str | os.PathLike[str]
 
@@ -132,19 +132,6 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def shared_level(root: Root) -> float:
-    """The smallest loss level that all runs of a store record.
-
-    Raises:
-        InputError: if they share none.
-    """
-    recorded = [set(dict(_flat(run.attrs["identity"])).get("record.loss_levels", ())) for run in list_runs(root)]
-    common = set.intersection(*recorded) if recorded else set()
-    if not common:
-        raise InputError(f"the runs of {root} share no loss level; set record.loss_levels in the study to compare them")
-    return min(common)
 
 
 def edge_sql(root: Root, run_id: str) -> str:

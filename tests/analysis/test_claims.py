@@ -6,7 +6,8 @@ from mock_store import mock_run, mock_store
 
 from analysis import catalog, results
 from analysis.claims import MIN_SEEDS, Claim, Verdict, spread, too_few
-from analysis.judge import judge, judge_store, matched_level
+from analysis.judge import judge, judge_store
+from analysis.load import shared_level
 from analysis.studies import PAPERS, figures, paper, papers
 from analysis.studies.jiang2025 import CLAIMS
 from pipeline.errors import InputError
@@ -44,7 +45,7 @@ def test_a_seed_counts_once():
 
 
 def test_no_rows_are_too_few():
-    assert too_few(rows({})) == "no run reached the matched loss"
+    assert too_few(rows({})) == "no complete run can be compared"
 
 
 @pytest.mark.parametrize(
@@ -55,17 +56,17 @@ def test_spread_is_mean_and_sample_deviation(values, expected):
 
 
 def test_runs_are_compared_at_the_smallest_level_that_all_record(store, tmp_path, monkeypatch):
-    assert matched_level(store) == 0.1
+    assert shared_level(store) == 0.1
 
     class Recorded:
         def __init__(self, levels):
             self.attrs = {"identity": {"record": {"loss_levels": levels}}}
 
-    monkeypatch.setattr("analysis.judge.list_runs", lambda root: [Recorded([0.1, 0.01]), Recorded([1.0, 0.1, 0.01])])
-    assert matched_level(tmp_path) == 0.01
-    monkeypatch.setattr("analysis.judge.list_runs", lambda root: [Recorded([0.1]), Recorded([])])
+    monkeypatch.setattr("analysis.load.list_runs", lambda root: [Recorded([0.1, 0.01]), Recorded([1.0, 0.1, 0.01])])
+    assert shared_level(tmp_path) == 0.01
+    monkeypatch.setattr("analysis.load.list_runs", lambda root: [Recorded([0.1]), Recorded([])])
     with pytest.raises(InputError, match="share no loss level"):
-        matched_level(tmp_path)
+        shared_level(tmp_path)
 
 
 def test_a_judge_sees_the_rows_of_its_query(store):

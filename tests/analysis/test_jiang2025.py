@@ -51,7 +51,7 @@ def final(**changes) -> pd.DataFrame:
 
 def gains(falling: float = 2e-4, rising: float = -1e-4) -> pd.DataFrame:
     rows = [
-        {"learning_rate": rate, "seed": seed, "kta_gain_falling": falling, "kta_gain_rising": rising}
+        {"learning_rate": rate, "seed": seed, "crossed": True, "kta_gain_falling": falling, "kta_gain_rising": rising}
         for rate, seed in product(RATES[2:], SEEDS)
     ]
     return pd.DataFrame(rows)
@@ -192,6 +192,21 @@ def test_kta_must_gain_more_per_falling_step_at_each_learning_rate():
     frame.loc[frame["learning_rate"] == 0.4, "kta_gain_falling"] = -2e-4
     assert gains_while_falling(frame).verdict == "failed"
     assert gains_while_falling(set_at(gains(), 0.4, 0, kta_gain_falling=-2e-4)).verdict == "passed"
+
+
+def test_a_learning_rate_that_crossed_in_some_seeds_only_says_nothing_of_the_phases():
+    frame = gains()
+    frame.loc[frame["learning_rate"] == 0.4, "kta_gain_falling"] = -2e-4
+    some = set_at(frame, 0.4, 0, crossed=False)
+    assert gains_while_falling(some).verdict == "passed"
+    assert gains_while_falling(some).runs == len(frame) - 3
+
+
+def test_c5_needs_the_same_seeds_at_both_ends():
+    frame = matched()
+    ends = frame["learning_rate"].isin([frame["learning_rate"].min()])
+    frame.loc[ends, "seed"] += 10
+    assert c5_rises(frame).verdict == "underpowered"
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS.keys())

@@ -199,6 +199,16 @@ def test_coinciding_lines_below_the_edge_alternate_their_dashes():
     np.testing.assert_allclose(-np.diff(offsets) % (on + off), on)
 
 
+def test_of_many_lines_a_dozen_is_drawn_and_the_small_print_says_so():
+    labels = [str(i) for i in range(100)]
+    ends = pd.DataFrame({"label": labels, "status": "complete", "crossed": True, "step": 9, "kta": 0.1})
+    curves = pd.DataFrame({"label": labels, "step": 9, "kta": 0.1, "sd": np.nan})
+    axes = plot_kta(curves, ends, "step", "a sweep").axes[0]
+    assert [line.get_label() for line in axes.lines] == "0 9 18 27 36 45 54 63 72 81 90 99".split()
+    assert len(axes.collections[-1].get_offsets()) == 12
+    assert "12 of 100 lines shown" in axes.get_title(loc="left").replace("\u00a0", " ")
+
+
 @pytest.mark.parametrize("count", [1, 2, 6, 12])
 def test_colours_are_distinct_and_ordered_from_dark_to_light(count):
     palette = colours(str(i) for i in range(count))
@@ -380,14 +390,8 @@ def test_figures_without_inputs_are_left_out_unless_all_are(tmp_path, bare_store
     assert list(tmp_path.iterdir()) == []
     root = tmp_path / "scalars"
     mock_run(root, 0.1, 0, steps=3, cadences={"scalars": Cadence(every=1)})
-    paths = draw_figures(derived(root), folder=tmp_path / "out", formats=["png"])
+    paths = draw_figures(root, folder=tmp_path / "out", formats=["png"])
     assert {path.name for path in paths} >= {"kta.png", "phases.png"}
-
-
-def test_runs_without_a_common_loss_level_are_said_in_a_sentence(monkeypatch, store):
-    monkeypatch.setattr(numbers, "list_runs", lambda root: [])
-    with pytest.raises(InputError, match="share no loss level"):
-        numbers.shared_level(store)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -442,6 +446,7 @@ def test_names_from_a_store_are_drawn_as_they_are():
     figure = plot_kta(curves, ends, "step", hostile)
     assert b"<script" not in render(figure, "svg")
     assert hostile in legends(figure)
+    assert b"<script" not in render(plot_edge(edge_rows(["stable"] * 3), hostile, hostile), "svg")
 
 
 @pytest.mark.parametrize(("name", "x"), [(name, x) for name, figure in FIGURES.items() for x in figure.axes])

@@ -1,6 +1,8 @@
 """Derived results: right numbers at the right steps, computed once, kept while fresh, replaced when stale."""
 
+import os
 import shutil
+from unittest.mock import patch
 
 import dask
 import numpy as np
@@ -30,6 +32,13 @@ def analysed(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync():
+    """What these tests write need not survive a power cut, and the disk is what they wait for."""
+    with patch("os.fsync"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """Two short runs."""
@@ -38,8 +47,8 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def root(template, tmp_path):
-    """A copy of them that a test may change."""
-    return shutil.copytree(template, tmp_path / "store")
+    """A copy of them that a test may change, by replacing files: the files are shared with the other tests."""
+    return shutil.copytree(template, tmp_path / "store", copy_function=os.link)
 
 
 def kept(root):
@@ -210,6 +219,14 @@ def test_a_kill_while_writing_leaves_no_result(root, monkeypatch):
     assert set(states(analyze(root)).values()) == {"computed"}
 
 
+def test_a_result_that_goes_while_files_are_listed_is_not_the_newest(root, monkeypatch):
+    analyze(root)
+    listed = results._files(root, "modes")
+    gone = listed[0].with_name("lr-0.1_seed-0.0000000000000000.zarr.zip")
+    monkeypatch.setattr(results, "_files", lambda root, name: [*listed, gone])
+    assert results.files(root)["lr-0.1_seed-0"]["modes"] != gone
+
+
 def test_is_fresh_needs_every_measure(root):
     run = list_runs(root)[0]
     analyze(root, ["alignment", "phases"])
@@ -263,7 +280,9 @@ def test_a_run_that_is_not_known(root):
 
 def test_damage_is_named(root):
     chunk = run_path(root, "lr-0.2_seed-0") / "snapshots" / "ntk" / "c.1.0.0"
-    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    data = chunk.read_bytes()[:-1] + b"?"
+    chunk.unlink()
+    chunk.write_bytes(data)
     with pytest.raises(DamagedStore, match=str(chunk)):
         analyze(root)
 
