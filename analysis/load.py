@@ -64,11 +64,11 @@ def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: st
     Returns:
         Rows along `snapshot`, a MultiIndex of the grid's axes and `step`; the variables of the group and
         `target` (snapshot, sample, output), lazy; `run`, `status` and `loss` of each row as coordinates in memory
-        (`loss` is data in the group train).
+        (`loss` is data in the group train). `parameter` is left out where the runs differ in p.
 
     Raises:
         MissingError: if no run is left, or none has a committed row in `group`.
-        InputError: for an unknown group, a condition that DuckDB refuses, or runs that differ in n, c, k or p.
+        InputError: for an unknown group, a condition that DuckDB refuses, or runs that differ in n, c or k.
     """
     return open_runs(list_runs(root) if where is None else select(list_runs(root), where), group)
 
@@ -168,8 +168,9 @@ def _variables(runs: Sequence[Run], group: str) -> dict[str, tuple[Any, ...]]:
     row_bytes = max(math.prod(node["shape"][1:]) * np.dtype(node["data_type"]).itemsize for node in nodes.values())
     rows = max(1, BLOCK_BYTES // row_bytes)
     variables: dict[str, tuple[Any, ...]] = {}
+    same_p = len({run_sizes(run, group).get("p") for run in runs}) == 1
     for variable in schema.GROUPS[group].values():
-        if variable.name in nodes:
+        if variable.name in nodes and (same_p or "parameter_index" not in variable.dims):
             node = nodes[variable.name]
             parts = [
                 _stored(run, f"{group}/{variable.name}", rows)
@@ -197,10 +198,12 @@ def _repeated(run: Run, length: int, rows: int) -> da.Array:
 
 
 def _check_sizes(runs: Sequence[Run], group: str) -> None:
-    """Runs of one dataset must have the same n, c, k and p."""
+    """Runs of one dataset must have the same n, c and k."""
     seen: dict[str, tuple[str, int]] = {}
     for run in runs:
         for letter, size in run_sizes(run, group).items():
+            if letter == "p":
+                continue
             other, expected = seen.setdefault(letter, (run.run_id, size))
             if size != expected:
                 raise InputError(

@@ -239,11 +239,14 @@ def test_runs_of_other_sizes_are_refused(tmp_path, other, group, letter):
     assert open_sweep(tmp_path, group, where="learning_rate < 0.15").sizes["sample"] == 4
 
 
-def test_other_sizes_do_not_matter_where_they_do_not_occur(tmp_path):
+def test_networks_of_several_widths_make_one_sweep_without_their_parameters(tmp_path):
     mock_store(tmp_path, learning_rates=[0.1], seeds=[0], axes={"model.width": [8, 4]}, steps=1, n=4, k=1)
-    with pytest.raises(InputError, match=r"must share p: .* has p = 16, .* has p = 32"):
-        open_sweep(tmp_path, "snapshots")
-    assert open_sweep(tmp_path, "scalars").sizes["snapshot"] == 4
+    both = open_sweep(tmp_path, "snapshots")
+    assert "parameter" not in both
+    assert set(both["model.width"].values) == {4, 8}
+    assert np.isfinite(both.ntk.values).all()
+    one = open_sweep(tmp_path, "snapshots", where="p = 16")
+    assert one.parameter.shape[1] == 16
 
 
 def test_a_variable_that_one_run_lacks_is_nan_there(tmp_path, monkeypatch):
