@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,12 @@ def main() -> None:
     """Train once, ask anything later: how neural tangent kernels evolve."""
 
 
+def _check_training() -> None:
+    """Say how to install what only training needs, before a worker fails to import it."""
+    if any(find_spec(name) is None for name in ("torch", "safetensors", "scipy", "sklearn")):
+        raise NtkEosError("training needs packages that are not installed: pip install 'ntk-eos[train]'")
+
+
 def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Study", str]:
     from pipeline.config import load_study
 
@@ -162,6 +169,7 @@ def plan(
     from pipeline.plan import plan_study
 
     loaded, root = _load(study, overrides, root)
+    _check_training()
     with console.Progress("timing a few steps", quiet):
         planned = plan_study(loaded, root, workers)
     console.show([run.as_row() for run in planned.runs], as_json=as_json)
@@ -202,6 +210,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     from pipeline.store import FINAL, open_root
     from pipeline.sweep import sweep
 
+    _check_training()
     # Planning first refuses data that cannot be used, before anything is written.
     runs = [planned.config for planned in plan_runs(study.runs(), root) if planned.state != "done"]
     open_root(root)

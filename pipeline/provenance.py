@@ -11,22 +11,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ntk-eos", "torch", "numpy", "scipy", "numcodecs", "scikit-learn", "safetensors")
+PACKAGES = ("ntk-eos", "numpy", "scipy", "numcodecs", "scikit-learn", "safetensors")
 
 # A change of one of these between two sessions of a run can change its bits.
 ENVIRONMENT = ("versions", "threads", "device", "cpu")
 
 
-def provenance(*, threads: int, device: str, dataset_digest: str) -> dict[str, Any]:
+def provenance(*, torch: str, threads: int, device: str, dataset_digest: str) -> dict[str, Any]:
     """A JSON-able description of this process.
 
     Args:
+        torch: version that torch states of itself: unlike its package's it tells builds apart.
         threads: threads that torch and BLAS may use in this process.
         device: torch device of the computation.
         dataset_digest: digest of the examples and targets.
     """
     return {
-        "versions": _versions(),
+        "versions": {**_versions(), "torch": torch},
         "threads": threads,
         "device": device,
         "cpu": _cpu(),

@@ -162,6 +162,7 @@ class Recorder:
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         arrays = self.probe.arrays()
         now = provenance(
+            torch=torch.__version__,
             threads=self._threads,
             device=str(self.probe.input.device),
             dataset_digest=hashlib.blake2b(b"".join(a.tobytes() for a in arrays.values()), digest_size=16).hexdigest(),

@@ -328,6 +328,12 @@ def test_bad_or_writing_sql_is_one_line_and_changes_nothing(store, query, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_without_the_packages_for_training_the_extra_is_named(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("pipeline.cli.find_spec", lambda name: None)
+    assert "pip install 'ntk-eos[train]'" in refused(1, command, "smoke", "--out", tmp_path / "s", "-q")
+
+
 def test_an_unknown_run_is_not_found(store):
     assert "lr-9" in refused(4, "verify", store, "lr-9", "-q")
 

@@ -11,7 +11,7 @@ from pipeline.provenance import environment_changes, provenance
 
 @pytest.fixture
 def here():
-    return provenance(threads=1, device="cpu", dataset_digest="00")
+    return provenance(torch="2.0", threads=1, device="cpu", dataset_digest="00")
 
 
 def test_it_names_versions_machine_and_command(here):

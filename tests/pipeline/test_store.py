@@ -324,6 +324,20 @@ def test_finishing_twice_changes_nothing(tmp_path):
         assert (data_files(writer.directory.path), writer.directory.get("zarr.json")) == before
 
 
+def test_a_run_is_finished_only_when_every_copy_of_its_metadata_is_right(tmp_path):
+    with open_writer(tmp_path) as writer, fail_at("train/zarr.json"), pytest.raises(OSError, match="No space"):
+        advance(writer, 3)
+    run = find_run(tmp_path, RUN)
+    assert run.lengths["train"] == 3
+    assert xr.open_zarr(run.path / "train").sizes["step"] == 0
+    with open_writer(tmp_path) as writer, fail_at("train/zarr.json"), pytest.raises(OSError, match="No space"):
+        writer.finish("complete", "steps")
+    assert find_run(tmp_path, RUN).attrs["status"] == "running"
+    with open_writer(tmp_path) as writer:
+        writer.finish("complete", "steps")
+    assert xr.open_zarr(run.path / "train").sizes["step"] == 3
+
+
 def test_a_writer_whose_commit_failed_says_so_and_the_next_one_goes_on(tmp_path, undisturbed):
     """It cannot know whether the record is out, and with it which checkpoint must not be overwritten."""
     with open_writer(tmp_path) as writer:
