@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Table:
     """What a query gives.
 
     Attributes:
-        columns: names.
+        columns: names, each once: a name that was there before gets a number, as in DuckDB's data frames.
         types: DuckDB's types.
         rows: one tuple per row; NULL is None.
     """
@@ -120,6 +121,11 @@ def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
 _sync = sync  # `query` has a parameter of that name
 
 
+def derived(sql: str) -> bool:
+    """Whether a query names a table that results are computed for; a mention anywhere in its text counts."""
+    return any(name in sql.lower() for name in DERIVED)
+
+
 def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike[str]) -> None:
     """Write a whole table to a file.
 
@@ -183,7 +189,18 @@ def _ask(connection: duckdb.DuckDBPyConnection, sql: str) -> Table:
     rows = cursor.fetchmany(QUERY_ROWS + 1)
     if len(rows) > QUERY_ROWS:
         raise InputError(f"sql: more than {QUERY_ROWS} rows; add a limit, or write tables to files with `export`")
-    return Table([column[0] for column in cursor.description], [str(column[1]) for column in cursor.description], rows)
+    columns = _distinct(column[0] for column in cursor.description)
+    return Table(columns, [str(column[1]) for column in cursor.description], rows)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Names, each once: `run_id`, `run_id_1`, `run_id_2`. To DuckDB, names that differ in case only are the same."""
+    found: dict[str, str] = {}
+    for name in names:
+        numbered = (f"{name}_{i}" for i in count(1))
+        free = next(one for one in chain([name], numbered) if one.lower() not in found)
+        found[free.lower()] = free
+    return list(found.values())
 
 
 def _explained(error: duckdb.Error) -> str:
@@ -196,7 +213,7 @@ def _explained(error: duckdb.Error) -> str:
 
 def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Say so if the answer may lack rows because results were not computed yet."""
-    if any(name in sql.lower() for name in DERIVED):
+    if derived(sql):
         ((missing,),) = connection.execute("select count(*) from sync where not analyzed").fetchall()
         if missing:
             log.warning("%d run(s) are not analysed as they stand now: `ntk-eos analyze %s` does that", missing, root)

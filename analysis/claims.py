@@ -38,7 +38,8 @@ class Claim:
         statement: what is claimed, in words.
         rule: what has to hold, with its thresholds, in words.
         source: where the statement comes from.
-        sql: query on the catalogue; `{level}` stands for the matched loss.
+        sql: query on the catalogue; `{study}` stands for the study whose runs are judged, `{level}` for the matched
+            loss.
         judge: rows of that query -> verdict.
         changes: later changes of the rule, each with its date and reason.
     """

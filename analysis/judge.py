@@ -1,7 +1,8 @@
 """Judging: the claims that the studies of a store name, on the numbers of that store."""
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,10 @@ from analysis.claims import Claim, Verdict
 from analysis.load import shared_level
 from analysis.studies import paper
 from pipeline.errors import InputError
-from pipeline.store import list_runs
+from pipeline.store import Run, list_runs
+
+# Names that can stand in a query as they are; others never become part of a statement.
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,14 @@ class Judgement:
         claim: what is claimed.
         verdict: what its rule says here.
         sql: the query whose rows the verdict rests on.
-        level: the matched loss at which runs were compared.
+        level: the matched loss at which runs were compared; None if the claim compares none.
     """
 
     study: str
     claim: Claim
     verdict: Verdict
     sql: str
-    level: float
+    level: float | None
 
     def as_row(self) -> dict[str, Any]:
         """The row of the catalogue's table `claims`."""
@@ -57,23 +61,29 @@ def judge_store(root: str | os.PathLike[str]) -> list[Judgement]:
         root: folder of the store, its results computed (`analysis.results.analyze`).
 
     Raises:
-        InputError: if a run names a paper or a claim that is not known here.
+        InputError: if a run names a paper or a claim that is not known here, the complete runs of a study share no
+            loss level that they reached, or a study's name cannot stand in a query.
     """
+    runs = list_runs(root)
     named = dict.fromkeys(
         (run.attrs.get("study") or "", run.attrs["paper"], claim)
-        for run in list_runs(root)
+        for run in runs
         if run.attrs.get("paper")
         for claim in run.attrs.get("claims", ())
     )
-    judgements = [judge(root, study, claim) for study, claim in _known(named)]
+    judgements = [judge(root, study, claim, runs) for study, claim in _known(named)]
     catalog.write_claims(root, [judgement.as_row() for judgement in judgements])
     return judgements
 
 
-def judge(root: str | os.PathLike[str], study: str, claim: Claim) -> Judgement:
-    """Judge one claim on the runs of `root`, whose catalogue is up to date."""
-    level = shared_level(root)
-    sql = claim.sql.replace("{level}", repr(level))
+def judge(root: str | os.PathLike[str], study: str, claim: Claim, runs: Sequence[Run]) -> Judgement:
+    """Judge one claim on those of `runs` that are of a study; they are the runs of `root`, its catalogue up to date."""
+    if not NAME.fullmatch(study):
+        raise InputError(f"study = {study!r}: only letters, digits, '_', '.' and '-' are allowed to judge its claims")
+    sql, level = claim.sql.replace("{study}", f"'{study}'"), None
+    if "{level}" in sql:
+        level = shared_level([run for run in runs if run.attrs.get("study") == study], root)
+        sql = sql.replace("{level}", repr(level))
     table = catalog.query(root, sql, sync=False)
     frame = pd.DataFrame(table.rows, columns=table.columns)
     if frame.duplicated(["learning_rate", "seed"]).any():

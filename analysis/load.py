@@ -216,14 +216,26 @@ def _described(variable: schema.Variable) -> dict[str, str]:
     return {"units": variable.units, "long_name": variable.long_name, "description": variable.description}
 
 
-def shared_level(root: str | os.PathLike[str]) -> float:
-    """The loss at which runs of a store are compared: the smallest loss level that all of them record.
+def shared_level(runs: Iterable[Run], root: str | os.PathLike[str]) -> float:
+    """The loss at which runs are compared: the smallest loss level that all complete ones recorded and reached.
+
+    Args:
+        runs: the runs to compare; those that are not complete do not count.
+        root: their store, for messages.
 
     Raises:
-        InputError: if they share none.
+        InputError: if there is none.
     """
-    recorded = [set(at(run.attrs["identity"], "record", "loss_levels") or ()) for run in list_runs(root)]
-    common = set.intersection(*recorded) if recorded else set()
+    reached = []
+    for run in runs:
+        if run.status == "complete":
+            lowest = run.read("train/loss").min(initial=math.inf)
+            levels = at(run.attrs["identity"], "record", "loss_levels") or ()
+            reached.append({level for level in levels if lowest <= level})
+    common = set.intersection(*reached) if reached else set()
     if not common:
-        raise InputError(f"the runs of {root} share no loss level; set record.loss_levels in the study to compare them")
+        raise InputError(
+            f"the complete runs of {root} share no loss level that they reached; set record.loss_levels in the study "
+            "to compare them"
+        )
     return min(common)

@@ -105,7 +105,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
         claims=claims,
         claims_missing=claims_missing,
         figures=figures,
-        matched=_matched(root),
+        matched=_matched(root, runs),
         runs=_runs(root, runs),
         provenance=_provenance(runs),
         root=os.fspath(root),
@@ -188,10 +188,10 @@ def _facts(root: Root, runs: Sequence[Run]) -> Facts:
     return [(label, text) for label, text in facts if text]
 
 
-def _matched(root: Root) -> dict[str, Any]:
-    """One row per line of the figures at the smallest loss level that all runs record."""
+def _matched(root: Root, runs: Sequence[Run]) -> dict[str, Any]:
+    """One row per line of the figures at the smallest loss level that all complete runs reach."""
     try:
-        level = shared_level(root)
+        level = shared_level(runs, root)
     except NtkEosError as error:
         return {"missing": f"Not compared: {error}.", "level": None}
     sql = MATCHED.replace("{level}", repr(level))
@@ -220,13 +220,13 @@ def _matched(root: Root) -> dict[str, Any]:
 
 def _runs(root: Root, runs: Sequence[Run]) -> dict[str, Any]:
     """One row per run: where it stands on the grid, how it ended, what its last row holds."""
-    last = frame(root, LAST).set_index("run_id").to_dict("index")
+    last: dict[Any, dict[Any, Any]] = frame(root, LAST).set_index("run_id").to_dict("index")
     rows = []
     for run in runs:
         axes = {
             name: value for name, value in run.attrs.get("axes", {}).items() if name not in ("learning_rate", "seed")
         }
-        numbers = last[run.run_id]
+        numbers = last.get(run.run_id, {})  # of a run created since the catalogue was synced there are none yet
         rate = run.attrs.get("learning_rate")
         rows.append(
             {
@@ -237,10 +237,10 @@ def _runs(root: Root, runs: Sequence[Run]) -> dict[str, Any]:
                 "seed": run.attrs.get("seed"),
                 **axes,
                 "steps": run.attrs.get("last_step"),
-                "loss": numbers["loss"],
-                "KTA": numbers["kta"],
-                "C(5)": numbers["c5"],
-                "sharpness": numbers["sharpness"],
+                "loss": numbers.get("loss"),
+                "KTA": numbers.get("kta"),
+                "C(5)": numbers.get("c5"),
+                "sharpness": numbers.get("sharpness"),
                 "2/η": 2 / rate if rate else None,
                 "head": run.head,
             }

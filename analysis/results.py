@@ -104,6 +104,8 @@ def analyze(
 ) -> list[dict[str, Any]]:
     """Compute every result that is missing or stale, and remove those that it replaces.
 
+    What another process adds meanwhile stays: it may be of rows that were committed since.
+
     Args:
         root: folder of the store.
         measures: names of `MEASURES`; all by default.
@@ -120,6 +122,7 @@ def analyze(
     names = list(MEASURES if measures is None else measures)
     for name in names:
         _known(name)
+    before = [path for name in names for path in _files(root, name)]  # listed first: none is of rows newer than `runs`
     runs = list_runs(root)
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
     stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
@@ -129,10 +132,9 @@ def analyze(
         progress(start / len(stale), f"{name} of {run.run_id}")
         _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
-    for name in names:
-        for path in _files(root, name):
-            if path not in current:
-                path.unlink(missing_ok=True)
+    for path in before:
+        if path not in current:
+            path.unlink(missing_ok=True)
     computed = {(name, run.run_id) for name, run in stale}
     return [
         {"run": run.run_id, "measure": name, "state": "computed" if (name, run.run_id) in computed else "fresh"}

@@ -5,6 +5,8 @@ Exit codes: 0 ok (a diverged run is ok), 1 failed or a claim failed, 2 usage or 
 """
 
 import math
+import os
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +23,6 @@ from pipeline.errors import NtkEosError
 if TYPE_CHECKING:
     from analysis.judge import Judgement
     from pipeline.config import RunConfig, Study
-    from pipeline.store import Run
 
 STORES = Path("data/stores")
 EXITS = """\b
@@ -39,6 +40,13 @@ class Commands(click.Group):
         except NtkEosError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of our output has seen enough; nothing more can be printed, not even by the interpreter.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(128 + signal.SIGINT)
@@ -149,7 +157,7 @@ report: {path}
 
 Next, ask the store (nothing is retrained):
 
-  ntk-eos sql {root} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) \\
+  ntk-eos sql {shlex.quote(root)} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) \\
     where loss <= 0.001 group by 1 order by 1"
   python -c "import xarray as xr; print(xr.open_datatree('{run}'))"
   python -c "import analysis as a; print(a.alignment(a.at_loss(a.open_sweep('{root}'), 0.01)).kta.values)"
@@ -167,11 +175,12 @@ def plan(
 ) -> None:
     """Show what `run` would do: the grid, rows, bytes, and the time it takes at most."""
     from pipeline.plan import plan_study
+    from pipeline.sweep import default_workers
 
     loaded, root = _load(study, overrides, root)
     _check_training()
     with console.Progress("timing a few steps", quiet):
-        planned = plan_study(loaded, root, workers)
+        planned = plan_study(loaded, root, workers or default_workers(loaded.runs()))
     console.show([run.as_row() for run in planned.runs], as_json=as_json)
     click.echo(planned.summary(), err=True)
 
@@ -201,22 +210,22 @@ def run(
 
     loaded, root = _load(study, overrides, root)
     check_imports_allowed(loaded, allow_imports)
+    if allow_imports:
+        # Behind everything else, so that no module of the user's hides one of ours.
+        sys.path += [str(Path(study).absolute().parent), str(Path.cwd())]
     ctx.exit(_train(loaded, root, workers, quiet))
 
 
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
     from pipeline.plan import plan_runs
-    from pipeline.store import FINAL, open_root
+    from pipeline.store import FINAL, check_root, read_run, relabel, run_path
     from pipeline.sweep import sweep
 
     _check_training()
     # Planning first refuses data that cannot be used, before anything is written.
-    runs = [planned.config for planned in plan_runs(study.runs(), root) if planned.state != "done"]
-    open_root(root)
-    if not runs:
-        click.echo(f"nothing to do: all {len(study.runs())} runs of {study.name} in {root} are done", err=True)
-        return 0
+    planned = plan_runs(study.runs(), root)
+    check_root(root)
     attrs = {
         "title": study.title,
         "study": study.name,
@@ -225,7 +234,13 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
         "paper": study.paper,
         "claims": list(study.claims),
     }
-    outcomes = []
+    for done in (one.config for one in planned if one.state == "done"):
+        relabel(read_run(run_path(root, done.run_id)), {**attrs, "stop": done.stop.model_dump(exclude_none=True)})
+    runs = [one.config for one in planned if one.state != "done"]
+    if not runs:
+        click.echo(f"nothing to do: all {len(planned)} runs of {study.name} in {root} are done", err=True)
+        return 0
+    outcomes, said = [], set()
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
         watch = _Watch(runs, root, progress)
 
@@ -236,17 +251,18 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
         for outcome in sweep(runs, root, attrs=attrs, workers=workers, on_poll=poll):
             outcomes.append(outcome)
             watch.ended(outcome.run_id)
-            if outcome.error:
+            if outcome.error and outcome.error not in said:
+                said.add(outcome.error)
                 progress.warn(f"error: {outcome.run_id}: {outcome.error}")
-            if outcome.detail:
-                progress.warn(outcome.detail)
+                if outcome.detail:
+                    progress.warn(outcome.detail)
     if signals.caught is not None:
         click.echo(f"interrupted; what was measured is saved in {root}, the same command goes on from there", err=True)
         return 128 + signals.caught
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
     if not failed:
         return 0
-    return 3 if len(failed) < len(study.runs()) else failed[0].exit_code
+    return 3 if len(failed) < len(planned) else failed[0].exit_code or 1
 
 
 class _Signals:
@@ -311,10 +327,10 @@ class _Watch:
 @json_option
 def status(root: str, watch: bool, as_json: bool) -> None:
     """List the runs of a store and how each stands."""
-    from pipeline.store import list_runs
+    from pipeline.store import run_paths
 
     while True:
-        rows = [_status_row(run) for run in list_runs(root)]
+        rows = [_status_row(path) for path in run_paths(root)]
         console.show(rows, as_json=as_json, empty=f"{root} has no runs")
         if not watch or not any(row["status"] == "running" for row in rows):
             return
@@ -322,9 +338,17 @@ def status(root: str, watch: bool, as_json: bool) -> None:
         click.echo()
 
 
-def _status_row(run: "Run") -> dict[str, Any]:
+def _status_row(path: Path) -> dict[str, Any]:
+    from pipeline.schema import GROUPS
+    from pipeline.store import read_run
+
+    row = dict.fromkeys(["run", "status", "step", *(f"{group}_rows" for group in GROUPS), "commits", "seconds"])
+    try:
+        run = read_run(path)
+    except NtkEosError as error:
+        return row | {"run": path.stem, "status": "unreadable", "error": str(error), "head": None}
     beat = run.heartbeat
-    return {
+    return row | {
         "run": run.run_id,
         "status": run.status,
         "step": run.attrs["last_step"],
@@ -396,11 +420,7 @@ def plot(
     known = studies.figures(root)
     folder = out or str(Path(root, "figures"))
     paths = plots.draw_figures(root, figures, x=x, folder=folder, formats=formats, figures=known)
-    if as_json:
-        console.show([{"path": str(path)} for path in paths], as_json=True)
-    else:
-        for path in paths:
-            click.echo(path)
+    _show_paths(paths, as_json)
 
 
 @main.command(epilog=example("ntk-eos report digits", "ntk-eos report digits --out digits.html"))
@@ -489,12 +509,20 @@ def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as
 @click.option("--format", "kind", type=click.Choice(["netcdf", "parquet", "csv"]), required=True,
               help="netcdf: one file per run; parquet, csv: one file per table of the catalogue.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder; created if absent.")
+@json_option
 @quiet_option
-def export(root: str, kind: str, out: str, quiet: bool) -> None:
+def export(root: str, kind: str, out: str, as_json: bool, quiet: bool) -> None:
     """Copy a store into files for other tools and print their paths."""
     from analysis.export import export_store
 
     _analyze(root, quiet)
     with console.Progress(f"exporting {root}", quiet) as progress:
-        for path in export_store(root, kind, out, progress=progress.update):
+        _show_paths(list(export_store(root, kind, out, progress=progress.update)), as_json)
+
+
+def _show_paths(paths: Sequence[Path], as_json: bool) -> None:
+    if as_json:
+        console.show([{"path": str(path)} for path in paths], as_json=True)
+    else:
+        for path in paths:
             click.echo(path)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import numpy as np
 
 from pipeline import schema
 from pipeline.cadence import row_capacity
-from pipeline.config import RunConfig, Study, needs_import
+from pipeline.config import File, RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
+from pipeline.data import load_data
 from pipeline.errors import InputError
-from pipeline.store import RECORD, read_run, run_path
+from pipeline.store import FINAL, RECORD, Run, chain_seed, read_run, run_path
 
 TIMED_STEPS = 40
 
@@ -33,6 +33,7 @@ class Planned:
         parameters: p, or None where only the imported model knows it; `nbytes` is then without parameters.
         nbytes: of all arrays, uncompressed.
         state: new, resume (unfinished), continue (finished, and the study asks for more), running or done.
+        steps_left: updates until `stop.steps`.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class Planned:
     parameters: int | None
     nbytes: int
     state: str
+    steps_left: int
 
     def as_row(self) -> dict[str, Any]:
         """For printing: the axes, the state, and the rows and bytes at most."""
@@ -55,7 +57,7 @@ class Plan:
 
     Attributes:
         runs: in the order of the grid.
-        seconds: at most, for what is left; None where only running a user's own model could tell.
+        seconds: at most, for what is left; None where only running could tell: a user's own model, a run that diverges.
     """
 
     runs: tuple[Planned, ...]
@@ -67,9 +69,7 @@ class Plan:
         size = f"at most {bytes_text(sum(run.nbytes for run in left))} uncompressed"
         if any(run.parameters is None for run in left):
             size += " and the imported model's parameters"
-        time = (
-            "time unknown: the model is the user's" if self.seconds is None else f"at most {seconds_text(self.seconds)}"
-        )
+        time = "time unknown" if self.seconds is None else f"at most {seconds_text(self.seconds)}"
         return f"{len(left)} of {len(self.runs)} runs to do, {size}, {time}"
 
 
@@ -93,57 +93,82 @@ def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:
         parameters = run.model.parameters(math.prod(features), outputs)
         rows = row_capacity(run.record.cadences, len(run.record.loss_levels), run.stop.steps)
         nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
-        planned.append(Planned(run, rows, samples, outputs, parameters, nbytes, _state(run, root)))
+        state, last_step = _state(run, root)
+        left = max(0, run.stop.steps - last_step)
+        planned.append(Planned(run, rows, samples, outputs, parameters, nbytes, state, left))
     return tuple(planned)
 
 
-def plan_study(study: Study, root: str, workers: int | None = None) -> Plan:
+def plan_study(study: Study, root: str, workers: int) -> Plan:
     """Plan a study for a store that may exist already; nothing is written to it.
 
-    The time is that of a few steps, measured here, times the steps left: runs that reach their loss end earlier.
+    The time is that of a few steps of the largest run, measured here, times the steps left: runs that are smaller or
+    reach their loss end earlier.
 
     Args:
         study: what would be run.
         root: folder of the store.
-        workers: runs at a time; cores divided by the threads of a run by default.
+        workers: runs at a time.
 
     Raises:
         MissingError: if a data file does not exist.
         InputError: if a data file cannot be used.
     """
     runs = plan_runs(study.runs(), root)
-    left = [run.config for run in runs if run.state != "done"]
+    left = [run for run in runs if run.state != "done"]
     if not left:
         return Plan(runs, 0.0)
     if needs_import(study):
         return Plan(runs, None)
-    cores = max(1, (os.cpu_count() or 1) // max(run.compute.threads for run in left))
-    steps = sum(run.stop.steps for run in left)
-    return Plan(runs, steps * _seconds_per_step(left[0]) / min(workers or cores, len(left)))
+    largest = max(left, key=lambda run: run.samples * (run.samples + (run.parameters or 0)))
+    per_step = _seconds_per_step(largest.config)
+    steps = sum(run.steps_left for run in left)
+    return Plan(runs, None if per_step is None else steps * per_step / min(workers, len(left)))
 
 
-def _state(config: RunConfig, root: str) -> str:
+def _state(config: RunConfig, root: str) -> tuple[str, int]:
+    """How a run stands, and its newest step."""
     path = run_path(root, config.run_id)
     if not Path(path, RECORD).exists():
-        return "new"
+        return "new", 0
     run = read_run(path)
+    last = run.attrs["last_step"] or 0
+    if run.status not in FINAL:
+        return "running" if run.status == "running" else "resume", last
+    _check_data(config, run)
     if run.status == "diverged":
-        return "done"
-    if run.status != "complete":
-        return "running" if run.status == "running" else "resume"
-    more = config.stop.asks_for_more(run.attrs["last_step"], float(run.read("train/loss").min()))
-    return "continue" if more else "done"
+        return "done", last
+    more = config.stop.asks_for_more(last, float(run.read("train/loss").min()))
+    return "continue" if more else "done", last
 
 
-def _seconds_per_step(config: RunConfig) -> float:
-    """Mean over a few steps of a throw-away run with the cadences of the study, the first ones left out."""
+def _check_data(config: RunConfig, run: Run) -> None:
+    """Refuse to call a run done that was recorded on other contents of its file: the name alone is its identity."""
+    if not isinstance(config.data, File):
+        return
+    data = load_data(config.data, config.seed)
+    dtype = config.compute.dtype
+    probe = {"sample_index": data.sample_index, "input": data.x.astype(dtype), "target": data.y.astype(dtype)}
+    if chain_seed(config.identity(), probe).hex() != run.attrs["seed_digest"]:
+        raise InputError(
+            f"run {run.run_id} was recorded on other data than {config.data.file} holds now: write to another root, "
+            f"or remove {run.path}"
+        )
+
+
+def _seconds_per_step(config: RunConfig) -> float | None:
+    """Mean over a few steps of a throw-away run with the cadences of the study, the first ones left out.
+
+    None if it diverges before there is anything to measure.
+    """
     from pipeline.train import train  # imports torch, which only this needs
 
     short = config.model_copy(update={"stop": config.stop.model_copy(update={"steps": TIMED_STEPS, "loss": None})})
     with tempfile.TemporaryDirectory() as folder:
         train(short, folder)
         times = read_run(run_path(folder, short.run_id)).read("train/wall_time")
-    return float(np.diff(times)[TIMED_STEPS // 2 :].mean())
+    steps = np.diff(times)
+    return float(steps[len(steps) // 2 :].mean()) if len(steps) else None
 
 
 def _nbytes(

@@ -130,6 +130,8 @@ class Recorder:
         threads: int | None = None,
         commit_seconds: float = 5.0,
     ) -> None:
+        if strange := set(train) - set(schema.TRAIN):
+            raise InputError(f"train = {min(strange)!r}: the group train has {', '.join(schema.TRAIN)}")
         unknown = set(cadences) - set(DEFAULT_CADENCES)
         if unknown:
             raise InputError(f"cadence of {min(unknown)!r}: groups are {', '.join(DEFAULT_CADENCES)}")
@@ -145,13 +147,16 @@ class Recorder:
         self.restored_state: dict[str, Tensor] = {}
         self._row = {"learning_rate": learning_rate, "seed": seed}
         self._cadences, self._levels, self._k = dict(cadences), tuple(loss_levels), eigenpairs
-        self._train = (*train, "wall_time")
+        self._train = ("loss", *(name for name in train if name not in ("loss", "wall_time")), "wall_time")
         self._state = state or dict
         self._attrs = dict(attrs or {})
         self._threads = threads or torch.get_num_threads()
         self._commit_seconds = commit_seconds
         self._checkpoint = _Checkpoint()
         self._writer: Writer | None = None
+        if probe.target.ndim != 2 or len(probe.target) != len(probe.input):
+            shapes = f"{tuple(probe.input.shape)} and {tuple(probe.target.shape)}"
+            raise InputError(f"probe of shapes {shapes}: must be (n, ...) and (n, c) with one n")
         self._n, self._c = probe.target.shape
         self._ntk = NTK(probe.input, outputs="trace" if self._c == 1 else "full")
 
@@ -191,6 +196,7 @@ class Recorder:
             attributes={"snapshots/parameter": names},
         )
         self._started = self._committed = self._beat = time.monotonic()
+        self._checkpoint = _Checkpoint()
         try:
             self._restore(now)
         except BaseException:
@@ -202,16 +208,21 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         writer = self._open_writer()
-        if not self.finished:
-            # Whatever happened, the model may be past the last row: only what is committed can be continued.
-            failed = kind is not None and issubclass(kind, Exception)
-            writer.heartbeat("failed" if failed else "interrupted", error=f"{kind.__name__}: {error}" if kind else None)
-        writer.close()
-        self._writer = None
+        try:
+            if not self.finished:
+                # Whatever happened, the model may be past the last row: only what is committed can be continued.
+                failed = kind is not None and issubclass(kind, Exception)
+                said = f"{kind.__name__}: {error}" if kind else None
+                writer.heartbeat("failed" if failed else "interrupted", error=said)
+        finally:
+            writer.close()
+            self._writer = None
 
     def __iter__(self) -> Iterator[int]:
         """Steps from where the run stands to `steps`; ends early when the run is finished."""
-        for step in range(self._checkpoint.step, self.steps + 1):
+        first = self._checkpoint.step
+        # A run that is past the steps now asked for still gets the chance to be closed.
+        for step in range(first, max(first, self.steps) + 1):
             if self.finished:
                 return
             yield step
@@ -256,6 +267,10 @@ class Recorder:
         writer = self._open_writer()
         if self.finished:
             return False
+        expected = set(self._train) - {"loss", "wall_time"}
+        if set(train) != expected:
+            given, wanted = ", ".join(sorted(train)) or "none", ", ".join(sorted(expected)) or "none"
+            raise InputError(f"values beside the loss at step {step}: got {given}, declared by train= were {wanted}")
         last = last or step >= self.steps
         if writer.last_step is None or step > writer.last_step:
             try:
@@ -266,7 +281,9 @@ class Recorder:
                 return False
         self._checkpoint.lowest_loss = min(self._checkpoint.lowest_loss, loss)
         now = time.monotonic()
-        if last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
+        # The first row is committed at once: from then on a loop that dies finds its initial weights again.
+        first = writer.attrs["commits"] == 0
+        if first or last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
             self._commit(step, loss=loss, steps=self.steps)
         elif now - self._beat > HEARTBEAT_SECONDS:
             writer.heartbeat("running", loss=loss, steps=self.steps)
@@ -330,7 +347,7 @@ class Recorder:
     def _commit(self, step: int, **facts: float) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
-        self._checkpoint.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._checkpoint.tensors = {name: _plain(tensor) for name, tensor in tensors.items()}
         self._checkpoint.step = step
         self._open_writer().commit(self._checkpoint.to_bytes(), **facts)
         self._committed = self._beat = time.monotonic()
@@ -348,13 +365,21 @@ class Recorder:
         self.restored_state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
         self._checkpoint.step = int(metadata["step"])
         self._checkpoint.lowest_loss = float.fromhex(metadata["lowest_loss"])
+        if self.finished:
+            return
+        writer.note(**self._attrs)  # a title or a goal may have changed since
         changes = environment_changes(writer.attrs["provenance"], now)
-        if changes and not self.finished:
+        if changes:
             warnings.warn(
                 f"{self.run_id} goes on in another environment ({'; '.join(changes)}): equal bits are not promised",
                 stacklevel=3,
             )
-            writer.note(environment_changes=[*writer.attrs["environment_changes"], *changes])
+            writer.note(environment_changes=list(dict.fromkeys([*writer.attrs["environment_changes"], *changes])))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy that safetensors takes: tied tensors apart, none of them strided."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _metadata(data: bytes) -> dict[str, str]:

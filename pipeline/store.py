@@ -88,8 +88,8 @@ def runs_directory(root: str | os.PathLike[str]) -> Directory:
     return Directory(Path(root, RUNS))
 
 
-def open_root(root: str | os.PathLike[str]) -> Directory:
-    """The `runs/` folder of a store that may be created.
+def check_root(root: str | os.PathLike[str]) -> None:
+    """Refuse a folder that could not be a store; nothing is created.
 
     Raises:
         InputError: if the folder cannot be written, or holds something else than a store.
@@ -97,10 +97,22 @@ def open_root(root: str | os.PathLike[str]) -> Directory:
     path = Path(root)
     if path.is_dir() and not (path / RUNS).is_dir() and any(path.iterdir()):
         raise InputError(f"{root} is not a store and not empty: choose a new folder, or one that `run --out` wrote")
-    runs = Directory(path / RUNS)
+    there = next(folder for folder in ((path / RUNS).absolute(), *(path / RUNS).absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"cannot create {path / RUNS}: {there} is a file; choose a folder you may write")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot create {path / RUNS}: {there} cannot be written; choose a folder you may write")
+
+
+def open_root(root: str | os.PathLike[str]) -> Directory:
+    """The `runs/` folder of a store, created if absent.
+
+    Raises:
+        InputError: if the folder cannot be written, or holds something else than a store.
+    """
+    check_root(root)
+    runs = Directory(Path(root, RUNS))
     runs.make()
-    if not os.access(runs.path, os.W_OK | os.X_OK):
-        raise InputError(f"{runs.path} cannot be written; choose a folder you may write")
     return runs
 
 
@@ -612,6 +624,25 @@ class Writer:
                     start = length - length % per_chunk
                     array.tail = zarr3.padded(run.read(array.name, start, length), array.chunks)
         return self
+
+
+def relabel(run: Run, attrs: Document) -> None:
+    """Publish other descriptive attributes of a finished run: a title, a list of claims.
+
+    Raises:
+        RunLocked: if another process writes the run.
+    """
+    attrs = zarr3.as_stored(attrs)
+    if attrs == {name: run.attrs.get(name) for name in attrs}:
+        return
+    directory = Directory(run.path)
+    with directory.lease(LEASE, _holder()) as lease:
+        run = read_run(run.path)
+        elapsed = run.heartbeat.get("elapsed")
+        writer = Writer(directory, lease, run)
+        writer.note(**attrs)
+        writer.finish(run.attrs["status"], run.attrs["stop_reason"])
+        writer.heartbeat(run.attrs["status"], elapsed=elapsed)
 
 
 def _growing(group: str, variable: Variable, node: Document) -> _Array:

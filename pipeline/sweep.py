@@ -8,8 +8,10 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -20,6 +22,7 @@ from pipeline.errors import NtkEosError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.5
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Outcome:
     exit_code: int = 0
 
 
+def default_workers(runs: Iterable[RunConfig]) -> int:
+    """Runs at a time: the cores this process may use over the threads of a run; one on an accelerator."""
+    compute = [run.compute for run in runs]
+    if any(one.device != "cpu" for one in compute):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max((one.threads for one in compute), default=1))
+
+
 def sweep(
     runs: Iterable[RunConfig],
     root: str,
@@ -52,35 +64,61 @@ def sweep(
     """Train all runs, as many at a time as fit on the cores, and yield how each ended.
 
     A sweep that is asked to stop lets its runs commit what they have; their outcomes are then `interrupted`, and the
-    next call goes on from there.
+    next call goes on from there. Runs whose process was killed (out of memory, say) are taken up again twice.
 
     Args:
         runs: points of a study's grid.
         root: folder of the store.
         attrs: further root attributes of each run.
-        workers: runs at a time; cores divided by the threads of a run by default.
+        workers: runs at a time; `default_workers` by default.
         on_poll: called about twice a second, for progress displays; True asks the sweep to stop.
     """
     waiting = list(runs)
-    if not waiting:
-        return
+    for _ in range(ATTEMPTS):
+        if waiting:
+            waiting = yield from _attempt(waiting, root, attrs, workers or default_workers(waiting), on_poll)
+    for run in waiting:
+        yield Outcome(run.run_id, "failed", f"its process ended {ATTEMPTS} times; is there enough memory?", None, 1)
+
+
+def _attempt(
+    waiting: list[RunConfig],
+    root: str,
+    attrs: Mapping[str, Any] | None,
+    workers: int,
+    on_poll: Callable[[], bool],
+) -> Generator[Outcome, None, list[RunConfig]]:
+    """One pool of processes over the runs; returns those that lost their process, or their turn with another's."""
     threads = max(run.compute.threads for run in waiting)
-    count = workers or max(1, (os.cpu_count() or 1) // threads)
     context = get_context("spawn")
     stop = context.Event()
+    lost: list[RunConfig] = []
     with (
         _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-        ProcessPoolExecutor(min(count, len(waiting)), context, _begin, (stop,)) as pool,
+        ProcessPoolExecutor(min(workers, len(waiting)), context, _begin, (stop,)) as pool,
     ):
-        pending: dict[Future[Outcome], str] = {pool.submit(_one, run, root, attrs): run.run_id for run in waiting}
-        while pending:
-            done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-            if on_poll():
-                stop.set()
-            for future in done:
-                run_id = pending.pop(future)
-                error = future.exception()
-                yield Outcome(run_id, "failed", f"its process ended: {error}", None, 1) if error else future.result()
+        pending: dict[Future[Outcome], RunConfig] = {}
+        try:
+            for run in waiting:
+                pending[pool.submit(_one, run, root, attrs)] = run
+            while pending:
+                done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                if on_poll():
+                    stop.set()
+                for future in done:
+                    run = pending.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        lost.append(run)
+                    else:
+                        yield future.result()
+        except BrokenProcessPool:  # while submitting
+            lost += [run for run in waiting if run not in pending.values()]
+            lost += pending.values()
+        finally:
+            # However this ends: what has begun commits and returns, what has not begun never does.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    return lost
 
 
 _stop: Any = None
@@ -90,6 +128,7 @@ def _begin(stop: Any) -> None:
     """Set up a worker: it ends with its parent, and lets the parent decide what a signal means."""
     global _stop
     _stop = stop
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = parent_process()
@@ -113,6 +152,8 @@ def _one(run: RunConfig, root: str, attrs: Mapping[str, Any] | None) -> Outcome:
         return Outcome(run.run_id, train(run, root, attrs=attrs, should_stop=_stop.is_set))
     except NtkEosError as error:
         return Outcome(run.run_id, "failed", str(error), None, error.exit_code)
+    except OSError as error:  # a full disk, a folder that was removed
+        return Outcome(run.run_id, "failed", str(error), None, 1)
     except Exception as error:
         return Outcome(run.run_id, "failed", f"{type(error).__name__}: {error}", traceback.format_exc(), 1)
 

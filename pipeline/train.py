@@ -88,7 +88,7 @@ def train(
             for step in recorder:
                 prediction = model(x)
                 loss = criterion(prediction, y)
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 measured = {"grad_norm": _norm(gradients)}
                 if data.labels:
                     measured["accuracy"] = accuracy(prediction.detach(), y)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
 from pipeline.disk import Directory
-from pipeline.errors import DamagedStore, NtkEosError
+from pipeline.errors import DamagedStore, InputError, NtkEosError
 from pipeline.store import (
     FINAL,
     HEARTBEAT,
@@ -83,6 +83,9 @@ def verify_root(
     for number, path in enumerate(paths):
         try:
             run = read_run(path)
+        except InputError as error:
+            problems.append(Problem(f"{path.stem}/{RECORD}", str(error), "install that version to verify it", False))
+            continue
         except NtkEosError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue

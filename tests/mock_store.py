@@ -98,7 +98,7 @@ def mock_run(
         "model": {"name": "mlp", "width": width, "depth": 1},
         "loss": {"name": "mse"},
         "update": {"name": "gd"},
-        "record": {"eigenpairs": k, "loss_levels": [0.1]},
+        "record": {"eigenpairs": k, "loss_levels": [0.5, 0.1]},
         "compute": {"threads": 1, "device": "cpu"},
     }
     rng = np.random.default_rng(seed)

@@ -53,7 +53,8 @@ def draw_kta(root: Root, x: str = "step") -> Figure:
     ends["label"] = ends["run_id"].map(lines.set_index("run_id")["label"])
     # A run whose sharpness was not recorded is not said to have stayed below.
     ends["crossed"] = ends["crossed"].astype("boolean").fillna(True).astype(bool)
-    curves = numbers.frame(root, kta_sql(root, x)).astype({"sd": float})
+    # Without a row the columns have no type that could be drawn: so it is where every run diverged.
+    curves = numbers.frame(root, kta_sql(root, x)).astype({x: float, "kta": float, "sd": float})
     curves["label"] = curves["line"].map(lines.drop_duplicates("line").set_index("line")["label"])
     return plot_kta(curves, ends, x, numbers.setting(list_runs(root)))
 
@@ -64,17 +65,17 @@ def kta_sql(root: Root, x: str) -> str:
 
 
 def draw_modes(root: Root, x: str = "mode") -> Figure:
-    """Where the target sits among the leading eigenvectors, at the smallest loss level that all runs record.
+    """Where the target sits among the leading eigenvectors, at the smallest loss level that all complete runs reach.
 
     Args:
         root: folder of the store, its catalogue up to date.
         x: mode.
 
     Raises:
-        InputError: if the runs share no loss level.
+        InputError: if the complete runs share no loss level that they reached.
         MissingError: if no run has eigenvectors at or below that loss.
     """
-    level = shared_level(root)
+    level = shared_level(list_runs(root), root)
     shares = numbers.frame(root, modes_sql(root, x)).astype({"c_sd": float, "cumulative_sd": float})
     if shares.empty:
         raise MissingError(f"no run of {root} has eigenvectors at the matched loss {level:g}")
@@ -88,7 +89,7 @@ def draw_modes(root: Root, x: str = "mode") -> Figure:
 
 def modes_sql(root: Root, x: str) -> str:
     """The query behind `draw_modes`."""
-    return numbers.MODES.replace("{level}", repr(shared_level(root)))
+    return numbers.MODES.replace("{level}", repr(shared_level(list_runs(root), root)))
 
 
 def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
@@ -100,13 +101,15 @@ def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
         run_id: which run, by name or a beginning of it; `numbers.edge_run` chooses by default.
 
     Raises:
-        MissingError: if no run has kernel scalars, or there is no such run.
+        MissingError: if no run that did not diverge has kernel scalars, or there is no such run.
     """
     run = find_run(root, run_id or numbers.edge_run(root))
     rows = numbers.frame(root, numbers.edge_sql(root, run.run_id))
     rows = rows[rows["run_id"] == run.run_id]
     if rows.empty:
-        raise MissingError(f"run {run.run_id} has no kernel scalars: set record.scalars in the study")
+        raise MissingError(
+            f"run {run.run_id} has fewer than two rows of kernel scalars: see record.scalars in the study"
+        )
     rate = 2 / rows["line"].iloc[0]
     return plot_edge(rows, f"Sharpness and KTA of one run, learning rate {rate:g}", numbers.setting([run]))
 

@@ -148,10 +148,14 @@ def edge_run(root: Root) -> str:
     store without such a learning rate, from those of which some run crossed; failing that, from all.
 
     Raises:
-        MissingError: if no run has kernel scalars.
+        MissingError: if no run has kernel scalars, or all that have diverged.
     """
     runs = frame(root, CROSSINGS)
     if runs.empty:
+        if diverged := len(frame(root, "select run_id from phase_changes")):
+            raise MissingError(
+                f"all {diverged} run(s) of {root} with kernel scalars diverged: `draw_edge` shows one by name"
+            )
         raise MissingError(f"no run of {root} has kernel scalars: set record.scalars in the study")
     by_rate = runs.groupby("learning_rate")["crossed"]
     above, some = by_rate.transform("all"), by_rate.transform("any")

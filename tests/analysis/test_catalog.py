@@ -505,6 +505,37 @@ def test_too_many_rows_are_refused(analysed, monkeypatch):
         query(analysed, "select * from range(1000000000000)")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["a", "b"], ["a", "a", "a"], ["a", "a", "a_1"], ["a_1", "a", "a"], ["a", "A"], ["a", "a_1", "a", "b", "b"]],
+    ids=" ".join,
+)
+def test_columns_are_called_as_in_duckdbs_data_frames(analysed, names):
+    sql = "select " + ", ".join(f"{i} as {name}" for i, name in enumerate(names))
+    columns = query(analysed, sql).columns
+    assert columns == list(duckdb.sql(sql).df().columns)
+    assert len(set(columns)) == len(names)
+
+
+def test_joined_runs_keep_both_names(analysed):
+    table = query(analysed, "select r.run_id, a.run_id from runs r join alignment a using (run_id) limit 1")
+    assert table.columns == ["run_id", "run_id_1"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "expected"),
+    [
+        ("select * from runs", False),
+        ("select * from claims", False),
+        ("select learning_rate from train join snapshots using (run_id)", False),
+        *((f"select * from {table}", True) for table in ("alignment", "phases", "phase_changes", "measures")),
+        ('SELECT * FROM runs JOIN "Alignment" USING (run_id)', True),
+    ],
+)
+def test_only_some_tables_need_results(sql, expected):
+    assert catalog.derived(sql) is expected
+
+
 def test_a_query_can_take_the_catalogue_as_it_is(root):
     sync(root)
     mock_run(root, 0.3, 0, steps=2, n=4, k=2)

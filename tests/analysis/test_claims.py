@@ -1,5 +1,8 @@
 """Claims and their judging: when rows are too few, at which loss runs are compared, and what is kept of a verdict."""
 
+from dataclasses import replace
+
+import numpy as np
 import pandas as pd
 import pytest
 from mock_store import mock_run, mock_store
@@ -11,6 +14,7 @@ from analysis.load import shared_level
 from analysis.studies import PAPERS, figures, paper, papers
 from analysis.studies.jiang2025 import CLAIMS
 from pipeline.errors import InputError
+from pipeline.store import list_runs
 
 PAPER = {"paper": "jiang2025", "claims": ["kta_rises_with_learning_rate", "c5_rises"]}
 
@@ -55,18 +59,57 @@ def test_spread_is_mean_and_sample_deviation(values, expected):
     assert spread(pd.Series(values)) == expected
 
 
-def test_runs_are_compared_at_the_smallest_level_that_all_record(store, tmp_path, monkeypatch):
-    assert shared_level(store) == 0.1
+class Recorded:
+    """A run with loss levels and a training loss."""
 
-    class Recorded:
-        def __init__(self, levels):
-            self.attrs = {"identity": {"record": {"loss_levels": levels}}}
+    def __init__(self, levels, losses, status="complete"):
+        self.attrs = {"identity": {"record": {"loss_levels": levels}}}
+        self.losses = np.array(losses, dtype=float)
+        self.status = status
 
-    monkeypatch.setattr("analysis.load.list_runs", lambda root: [Recorded([0.1, 0.01]), Recorded([1.0, 0.1, 0.01])])
-    assert shared_level(tmp_path) == 0.01
-    monkeypatch.setattr("analysis.load.list_runs", lambda root: [Recorded([0.1]), Recorded([])])
-    with pytest.raises(InputError, match="share no loss level"):
-        shared_level(tmp_path)
+    def read(self, name):
+        assert name == "train/loss"
+        return self.losses
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([Recorded([0.1, 0.01], [1, 0.005]), Recorded([1.0, 0.1, 0.01], [2, 0.01])], 0.01),
+        ([Recorded([0.1, 0.01], [1, 0.005]), Recorded([0.1, 0.01], [1, 0.0101])], 0.1),
+        ([Recorded([0.1, 0.01], [1, 0.005]), Recorded([0.1], [1, 0.005])], 0.1),
+        ([Recorded([0.1, 0.01], [1, 0.01, 0.5])], 0.01),
+        ([Recorded([0.1, 0.01], [1, 0.001]), Recorded([0.1, 0.01], [1, 0.05], "diverged")], 0.01),
+        ([Recorded([0.1, 0.01], [1, 0.001]), Recorded([0.1, 0.01], [1, 0.05], "stale")], 0.01),
+        ([Recorded([0.1, 0.01], [1, 0.001]), Recorded([0.1, 0.01], [], "running")], 0.01),
+    ],
+    ids=["shared", "not_reached", "not_recorded", "rose_again", "diverged", "stale", "started"],
+)
+def test_runs_are_compared_at_the_smallest_level_that_all_complete_ones_reached(runs, expected):
+    assert shared_level(runs, "anywhere") == expected
+    assert shared_level(reversed(runs), "anywhere") == expected
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [],
+        [Recorded([0.1], [0.01]), Recorded([], [0.01])],
+        [Recorded([0.1], [0.01]), Recorded([0.1], [0.2])],
+        [Recorded([0.1], [0.01]), Recorded([0.1], [])],
+        [Recorded([0.1], [0.01], "diverged"), Recorded([0.1], [0.01], "interrupted")],
+    ],
+    ids=["no_run", "not_recorded", "not_reached", "no_row", "none_complete"],
+)
+def test_runs_without_a_level_in_common_cannot_be_compared(runs):
+    with pytest.raises(InputError, match="the complete runs of anywhere share no loss level that they reached"):
+        shared_level(runs, "anywhere")
+
+
+def test_the_level_of_a_store_is_one_that_its_runs_reached(store):
+    runs = list_runs(store)
+    assert any(run.read("train/loss").min() > 0.1 for run in runs), "0.1 was asked for, and not reached by all"
+    assert shared_level(runs, store) == 0.5
 
 
 def test_a_judge_sees_the_rows_of_its_query(store):
@@ -77,18 +120,59 @@ def test_a_judge_sees_the_rows_of_its_query(store):
         return Verdict("passed", "seen", len(frame))
 
     sql = "select learning_rate, seed, {level}::double as level from runs order by 1, 2"
-    judged = judge(store, "mock", Claim("look", "It is seen.", "Always.", "nobody", sql, look))
+    judged = judge(store, "mock", Claim("look", "It is seen.", "Always.", "nobody", sql, look), list_runs(store))
     assert seen[0].to_dict("list") == {
-        "learning_rate": [0.1, 0.1, 1.2, 1.2], "seed": [0, 1, 0, 1], "level": [0.1] * 4,
+        "learning_rate": [0.1, 0.1, 1.2, 1.2], "seed": [0, 1, 0, 1], "level": [0.5] * 4,
     }  # fmt: skip
-    assert judged.sql == sql.replace("{level}", "0.1")
+    assert judged.sql == sql.replace("{level}", "0.5")
     assert judged.as_row()["runs"] == 4
     assert judged.as_row()["changes"] is None
 
 
 def test_every_claim_can_be_asked_of_any_store(store):
     for claim in CLAIMS.values():
-        assert judge(store, "mock", claim).verdict.verdict == "underpowered"
+        assert judge(store, "mock", claim, list_runs(store)).verdict.verdict == "underpowered"
+
+
+def test_a_claim_is_judged_on_the_runs_of_its_study_at_their_level(tmp_path):
+    mock_store(tmp_path, learning_rates=[0.1], seeds=[0, 1], steps=12, attrs=PAPER)
+    # It gets further, and its runs have the learning rates and seeds of the first study.
+    mock_store(tmp_path, learning_rates=[0.1], seeds=[0], steps=12, axes={"x": [1]}, attrs={**PAPER, "study": "other"})
+    judged = {(j.study, j.claim.name): j for j in judge_store(derived(tmp_path))}
+    assert set(judged) == {(study, claim) for study in ("mock", "other") for claim in PAPER["claims"]}
+    assert {key[0]: j.level for key, j in judged.items()} == {"mock": 0.5, "other": 0.1}
+    assert {key[0]: j.verdict.runs for key, j in judged.items() if key[1] == "c5_rises"} == {"mock": 2, "other": 1}
+    for (study, _), judgement in judged.items():
+        table = catalog.query(tmp_path, judgement.sql)
+        assert len(table.rows) == {"mock": 2, "other": 1}[study], "the query is that of the study, to be pasted"
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS.keys())
+def test_every_claim_asks_for_its_study(store, claim):
+    judged = judge(
+        store, "mock", replace(claim, judge=lambda frame: Verdict("passed", "seen", len(frame))), list_runs(store)
+    )
+    assert judged.verdict.runs == 4
+    nobody = judged.sql.replace("'mock'", "'nobody'")
+    assert nobody != judged.sql
+    assert catalog.query(store, nobody).rows == []
+
+
+def test_a_claim_that_compares_no_losses_needs_no_level(tmp_path):
+    mock_run(
+        tmp_path, 0.1, 0, steps=3, end=None, attrs={"paper": "jiang2025", "claims": ["kta_gains_while_sharpness_falls"]}
+    )
+    (judgement,) = judge_store(derived(tmp_path))
+    assert judgement.level is None
+    assert judgement.as_row()["level"] is None
+    assert catalog.query(tmp_path, "select level, verdict from claims").rows == [(None, "underpowered")]
+
+
+@pytest.mark.parametrize("study", ["", "it's", "a study", "x' or true --", "{level}", "mock\n"])
+def test_a_name_that_is_more_than_a_name_does_not_get_into_a_query(tmp_path, study):
+    mock_run(tmp_path, 0.1, 0, steps=3, attrs={**PAPER, "study": study})
+    with pytest.raises(InputError, match=r"study = .*: only letters, digits, '_', '\.' and '-' are allowed"):
+        judge_store(derived(tmp_path))
 
 
 def test_a_store_is_judged_by_what_its_runs_name_and_the_verdicts_are_kept(store):

@@ -217,6 +217,7 @@ def test_a_claim_says_all_that_a_reader_needs(claim):
         assert text.endswith(".")
     assert "2507.12837" in claim.source
     assert "level" not in claim.sql.replace("{level}", "")
+    assert claim.sql.count("study = {study}") == 1
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -34,7 +34,7 @@ from pipeline.cadence import Cadence
 from pipeline.errors import InputError, MissingError
 from pipeline.store import Run, list_runs
 
-LEVEL = 0.1  # the mock's loss level
+LEVEL = 0.5  # the mock's loss level that all runs reach
 ISSUE_SQL = (
     "select learning_rate, step, avg(kta), stddev(kta), count(*) from alignment join runs using (run_id) "
     "group by 1, 2 order by 1, 2"
@@ -67,6 +67,12 @@ def odd_store(tmp_path_factory) -> Path:
     mock_run(root, 1.2, 2, steps=6, end=None)
     mock_run(root, 1.2, 0, steps=12, axes={"model.width": 4})
     return derived(root)
+
+
+@pytest.fixture(scope="module")
+def diverged_store(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("diverged")
+    return derived(mock_store(root, seeds=[0], steps=6, diverged=[(0.1, 0), (1.2, 0)]))
 
 
 def kta(run: Run) -> np.ndarray:
@@ -189,6 +195,20 @@ def test_all_runs_diverged_is_a_picture_too():
     assert render(plot_kta(curves, ends, "loss"), "png").startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("x", ["step", "time", "loss"])
+def test_a_store_whose_runs_all_diverged_is_drawn(diverged_store, x):
+    figure = draw_kta(diverged_store, x)
+    assert any("diverged" in text for text in legends(figure))
+    assert render(figure, "png").startswith(b"\x89PNG")
+
+
+def test_that_all_runs_diverged_is_said_and_not_that_they_lack_scalars(diverged_store, tmp_path):
+    with pytest.raises(MissingError, match=r"all 2 run\(s\) of .* with kernel scalars diverged"):
+        FIGURES["phases"].draw(diverged_store, "step")
+    assert [path.name for path in draw_figures(diverged_store, folder=tmp_path, formats=["png"])] == ["kta.png"]
+    assert draw_edge(diverged_store, run_id="lr-0.1_seed-0").axes[0].lines
+
+
 def test_coinciding_lines_below_the_edge_alternate_their_dashes():
     labels = ["1", "2", "3"]
     ends = pd.DataFrame({"label": labels, "status": "complete", "crossed": False, "step": 9, "kta": 0.1})
@@ -239,8 +259,8 @@ def test_bars_and_curves_are_the_shares_at_matched_loss(store):
     for axes, shares, line in zip(rows, expected, right.lines, strict=True):
         np.testing.assert_allclose([bar.get_height() for bar in axes.patches], np.mean(shares, axis=0), rtol=1e-5)
         np.testing.assert_allclose(line.get_ydata(), np.mean(np.cumsum(shares, axis=1), axis=0), rtol=1e-5)
-        label = line.get_label()
-        assert label.endswith(f" ({len(shares)} of 3 seeds)") if len(shares) < 3 else "seeds" not in label
+        assert len(shares) == 3
+        assert "seeds" not in line.get_label()
     assert f"at loss {LEVEL:g}" in rows[0].get_title(loc="center")
 
 
@@ -260,9 +280,15 @@ def test_modes_have_one_row_of_bars_per_learning_rate_on_one_scale():
     assert legends(figure)[:7] == [f"0.{i}" for i in range(7, 0, -1)]
 
 
+def test_a_run_that_is_not_there_yet_is_counted(tmp_path):
+    mock_run(tmp_path, 0.1, 0, steps=4)
+    mock_run(tmp_path, 0.1, 2, steps=3, end=None)
+    assert draw_modes(derived(tmp_path)).axes[0].get_legend_handles_labels()[1] == ["0.1 (1 of 2 seeds)"]
+
+
 def test_no_run_at_the_level_is_said_in_a_sentence(tmp_path):
-    mock_run(tmp_path, 0.1, 0, steps=1)
-    with pytest.raises(MissingError, match=r"has eigenvectors at the matched loss 0\.1"):
+    mock_run(tmp_path, 0.1, 2, steps=1)
+    with pytest.raises(InputError, match="share no loss level that they reached"):
         draw_modes(derived(tmp_path))
 
 
@@ -369,13 +395,17 @@ def bare_store(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "GROUPS", {"train": schema.TRAIN})
-        mock_run(root, 0.1, 0, steps=3, cadences={})
+        mock_run(root, 0.1, 0, steps=4, cadences={})
     return derived(root)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("kta", "has a kernel target alignment"), ("modes", "matched loss"), ("phases", "has kernel scalars")],
+    [
+        ("kta", "has a kernel target alignment"),
+        ("modes", "no run of .* has eigenvectors at the matched loss"),
+        ("phases", "no run of .* has kernel scalars"),
+    ],
 )
 def test_a_missing_input_is_said_in_a_sentence(bare_store, name, message):
     with pytest.raises(MissingError, match=message):

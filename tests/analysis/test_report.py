@@ -119,7 +119,7 @@ def test_every_claim_is_there_with_its_verdict_rule_and_source(page):
     assert text.count("? underpowered") == len(CLAIMS)
     assert text.count("none since the first full run") == sum(not claim.changes for claim in CLAIMS.values())
     assert all(change in text for claim in CLAIMS.values() for change in claim.changes)
-    assert "matched loss 0.1" in text
+    assert "matched loss 0.5" in text
 
 
 def test_verdicts_are_words_and_changes_of_rules_are_listed(store, monkeypatch, quick):
@@ -209,7 +209,25 @@ def test_a_store_that_is_growing_or_empty_has_a_report(tmp_path, quick):
     mock_run(tmp_path / "growing", 0.1, 0, steps=4, end=None)
     page = Page(write_report(tmp_path / "growing"))
     assert "stale" in page.sections["runs"]
-    assert "of 1" in page.sections["matched"]
+    assert "share no loss level that they reached" in page.sections["matched"]
+
+
+def test_a_run_that_the_catalogue_does_not_have_yet_is_listed(tmp_path, monkeypatch, quick):
+    mock_run(tmp_path, 0.1, 0, steps=4)
+    sync = report.catalog.sync
+    monkeypatch.setattr(report.catalog, "sync", lambda root: (sync(root), mock_run(root, 0.2, 0, steps=4)))
+    page = Page(write_report(tmp_path))
+    assert list_runs(tmp_path)[1].head in page.sections["runs"]
+
+
+def test_a_store_whose_runs_all_diverged_has_a_report(tmp_path, quick):
+    mock_store(tmp_path, seeds=[0], steps=6, diverged=[(0.1, 0), (1.2, 0)])
+    page = Page(write_report(tmp_path))
+    assert len(page.all("img")) == 3, "KTA over step, time and loss"
+    text = page.sections["figures"]
+    assert "with kernel scalars diverged" in text
+    assert "no run of" not in text
+    assert "share no loss level that they reached" in text
 
 
 def test_missing_inputs_are_sentences(tmp_path, quick):

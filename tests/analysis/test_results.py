@@ -202,6 +202,27 @@ def test_results_of_runs_that_are_gone_are_removed(root):
     assert {name.split("/")[1].rsplit(".", 3)[0] for name in kept(root)} == {"lr-0.2_seed-0"}
 
 
+def test_two_at_once_keep_each_others_results(root, monkeypatch):
+    """While one analyser computes, the run goes on and another one analyses its newer rows."""
+    mock_run(root, 0.3, 0, steps=2, n=4, k=2, end=None)
+    compute = results._compute
+    newer = []
+
+    def overtaken(*args):
+        monkeypatch.setattr(results, "_compute", compute)
+        mock_run(root, 0.3, 0, steps=4, n=4, k=2, end=None)
+        analyze(root)
+        newer.extend(results._path(root, name, read_run(run_path(root, "lr-0.3_seed-0"))) for name in MEASURES)
+        compute(*args)
+
+    monkeypatch.setattr(results, "_compute", overtaken)
+    analyze(root)
+    assert newer
+    assert all(path.exists() for path in newer)
+    assert set(states(analyze(root)).values()) == {"fresh"}
+    assert len(kept(root)) == 3 * len(MEASURES), "what the slower one left is gone"
+
+
 def test_only_the_measures_asked_for(root):
     assert {row["measure"] for row in analyze(root, ["modes"])} == {"modes"}
     assert {name.split("/")[0] for name in kept(root)} == {"modes"}

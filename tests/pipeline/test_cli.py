@@ -287,7 +287,7 @@ def test_a_users_own_model_and_data_train(tmp_path):
     ]  # fmt: skip
     result = subprocess.run(
         [COMMAND, "run", "smoke", "--out", "s", "--allow-imports", *sets(*overrides)],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (run,) = list_runs(tmp_path / "s")
@@ -296,7 +296,9 @@ def test_a_users_own_model_and_data_train(tmp_path):
 
 def test_a_root_that_cannot_be_written_or_is_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "cannot create" in refused(2, "run", "smoke", "--out", tmp_path / "file" / "s", "-q")
+    line = refused(2, "run", "smoke", "--out", tmp_path / "file" / "s", "-q")
+    assert "cannot create" in line
+    assert "is a file" in line
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
     assert "is not a store" in refused(2, "run", "smoke", "--out", tmp_path / "photos", "-q")
@@ -326,6 +328,40 @@ def test_bad_or_writing_sql_is_one_line_and_changes_nothing(store, query, tmp_pa
     refused(2, "sql", store, query, "-q")
     assert rows("sql", store, "select count(*) as n from runs") == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_the_workers_find_is_one_line_too_and_writes_nothing(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    result = call("run", "smoke", "--out", tmp_path / "s", "-q", *sets("compute.device=cuda"))
+    assert result.exit_code == 2
+    assert "torch finds no such device" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_edited_title_and_claims_reach_runs_that_are_done(tmp_path):
+    overrides = sets("stop.steps=3", "learning_rate=0.1")
+    call("run", "smoke", "--out", tmp_path / "s", *overrides)
+    head = list_runs(tmp_path / "s")[0].head
+    result = call("run", "smoke", "--out", tmp_path / "s", *overrides, *sets("title=another"))
+    assert result.exit_code == 0
+    assert "nothing to do" in result.stderr
+    (run,) = list_runs(tmp_path / "s")
+    assert run.attrs["title"] == "another"
+    assert run.head == head
+    assert rows("verify", tmp_path / "s", "--deep") == []
+
+
+def test_status_names_a_run_that_cannot_be_read_and_goes_on(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    record = next((tmp_path / "copy").glob("runs/lr-0.1_seed-0*/zarr.json"))
+    record.write_text("{}")
+    listed = rows("status", tmp_path / "copy")
+    assert [row["status"] for row in listed] == ["unreadable", "complete", "complete", "complete"]
+    assert "zarr.json" in listed[0]["error"]
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

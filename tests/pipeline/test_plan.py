@@ -129,6 +129,31 @@ def test_the_time_grows_with_the_steps_left(tmp_path):
 
 
 def test_a_study_that_imports_its_model_has_no_time():
-    plan = plan_study(load_study("smoke", ["model.import=no_such_package:net"]), "nowhere")
+    plan = plan_study(load_study("smoke", ["model.import=no_such_package:net"]), "nowhere", 1)
     assert plan.seconds is None
     assert "time unknown" in plan.summary()
+
+
+def test_a_run_that_diverges_at_once_has_no_time():
+    relu = ["model.activation=relu", "model.depth=2", "learning_rate=[1e30]"]
+    plan = plan_study(load_study("smoke", relu), "nowhere", 1)
+    assert plan.seconds is None
+
+
+def test_steps_that_are_done_are_not_counted_again(tmp_path):
+    first, second = load_study("smoke", ["stop.steps=8"]).runs()
+    asked = iter([False] * 5 + [True])
+    train(first, str(tmp_path), should_stop=lambda: next(asked))
+    planned = plan_runs([first, second], str(tmp_path))
+    assert [run.steps_left for run in planned] == [3, 8]
+
+
+def test_other_data_under_the_same_name_are_not_done(study, tmp_path):
+    rng = np.random.default_rng(0)
+    path = save(tmp_path / "xy.npz", x=rng.normal(size=(8, 2)), y=rng.normal(size=8))
+    run = one(study, f"data.file={path}", "record.eigenpairs=2", "stop.steps=3")
+    train(run, str(tmp_path / "root"))
+    assert plan_runs([run], str(tmp_path / "root"))[0].state == "done"
+    save(path, x=rng.normal(size=(8, 2)), y=rng.normal(size=8))
+    with pytest.raises(InputError, match="was recorded on other data"):
+        plan_runs([run], str(tmp_path / "root"))

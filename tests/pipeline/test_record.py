@@ -283,3 +283,92 @@ def test_a_run_reads_with_plain_xarray_while_it_grows(tmp_path):
     with xr.open_datatree(run.path, engine="zarr") as tree:
         assert tree["train"].step.values.tolist() == list(range(12))
         assert tree["scalars"].ntk_sharpness.notnull().all()
+
+
+def test_a_loop_that_dies_early_starts_again_from_its_first_weights(tmp_path):
+    whole = loop(tmp_path / "whole")
+    x, y = task()
+    model = network()
+    options = {"identity": {"model": "mine"}, "learning_rate": 0.1, "seed": 0, "steps": STEPS,
+               "loss_levels": [0.4, 0.2], "eigenpairs": 4}  # fmt: skip
+
+    def attempt(crash: bool) -> None:
+        """The same cell of a notebook, run twice on the same model."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Recorder(str(tmp_path / "cell"), model, Probe(x, y), **options) as recorder:
+            for step in recorder:
+                loss = 0.5 * ((model(x) - y) ** 2).sum(1).mean()
+                recorder.record(step, loss=loss.item())
+                if crash and step == 5:
+                    raise RuntimeError("stopped early")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    with pytest.raises(RuntimeError, match="stopped early"):
+        attempt(crash=True)
+    attempt(crash=False)
+    assert list_runs(tmp_path / "cell")[0].head == whole.head
+
+
+def test_a_run_beyond_the_steps_now_asked_for_is_closed_where_it_stands(tmp_path):
+    loop(tmp_path, stop_after=12)
+    run = loop(tmp_path, steps=7)
+    assert run.status == "complete"
+    assert run.attrs["last_step"] == 12
+
+
+def test_the_lease_is_given_back_whatever_happens_on_leaving(tmp_path, monkeypatch):
+    recorder = Recorder(str(tmp_path), network(), Probe(*task()), identity={}, learning_rate=0.1, seed=0, steps=9,
+                        eigenpairs=2)  # fmt: skip
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    recorder.__enter__()
+    recorder.record(0, loss=1.0)
+    monkeypatch.setattr("pipeline.store.Writer.heartbeat", full)
+    with pytest.raises(OSError, match="disk full"):
+        recorder.__exit__(None, None, None)
+    assert list_runs(tmp_path)[0].status != "running"
+
+
+def test_parameters_of_any_layout_are_checkpointed(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    model[0].weight = nn.Parameter(torch.randn(3, 5).T)
+    with Recorder(str(tmp_path), model, Probe(*task()), identity={}, learning_rate=0.1, seed=0, steps=1,
+                  eigenpairs=2) as recorder:  # fmt: skip
+        for step in recorder:
+            recorder.record(step, loss=1.0)
+    assert list_runs(tmp_path)[0].status == "complete"
+
+
+def test_attributes_follow_the_study_when_a_run_goes_on(tmp_path):
+    loop(tmp_path, stop_after=3, attrs={"title": "old"})
+    assert loop(tmp_path, attrs={"title": "new"}).attrs["title"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "message"),
+    [
+        (("loss", "val_loss"), {}, r"train = 'val_loss': the group train has loss, accuracy, grad_norm"),
+        (("loss", "accuracy"), {}, r"values beside the loss at step 0: got none, declared by train= were accuracy"),
+        (("loss",), {"accuracy": 1.0}, r"got accuracy, declared by train= were none"),
+    ],
+)
+def test_values_that_were_not_declared_or_not_given_are_named(tmp_path, train, given, message):
+    def record() -> None:
+        with Recorder(str(tmp_path), network(), Probe(*task()), identity={}, learning_rate=0.1, seed=0, steps=1,
+                      eigenpairs=2, train=train) as recorder:  # fmt: skip
+            recorder.record(0, loss=1.0, **given)
+
+    with pytest.raises(InputError, match=message):
+        record()
+
+
+def test_a_probe_needs_two_dimensional_targets(tmp_path):
+    x, y = task()
+    with pytest.raises(InputError, match=r"probe of shapes \(12, 3\) and \(12,\): must be"):
+        Recorder(
+            str(tmp_path), network(), Probe(x, y[:, 0]), identity={}, learning_rate=0.1, seed=0, steps=1, eigenpairs=2
+        )

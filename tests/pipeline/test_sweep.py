@@ -1,10 +1,13 @@
 """Many runs in processes: same bits as one after the other, failures contained, stopping and resuming."""
 
+import os
+import signal
+
 import pytest
 
 from pipeline.config import Compute, Digits, File, Mlp, Record, RunConfig, Stop
 from pipeline.store import list_runs
-from pipeline.sweep import sweep
+from pipeline.sweep import default_workers, sweep
 from pipeline.train import train
 
 
@@ -57,6 +60,44 @@ def test_a_sweep_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
     shorter = [run.model_copy(update={"stop": Stop(steps=reached + 3)}) for run in long]
     assert [outcome.status for outcome in sweep(shorter, root, workers=1)] == ["complete"]
     assert list_runs(root)[0].attrs["last_step"] == reached + 3
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path):
+    root = str(tmp_path / "s")
+    killed: list[int] = []
+
+    def kill_once() -> bool:
+        for run in list_runs(root) if (tmp_path / "s" / "runs").exists() and not killed else []:
+            if run.attrs["commits"] and run.status == "running":
+                killed.append(run.heartbeat["pid"])
+                os.kill(killed[0], signal.SIGKILL)
+                break
+        return False
+
+    outcomes = list(sweep(runs(steps=3000), root, workers=2, on_poll=kill_once))
+    assert killed
+    assert sorted(outcome.run_id for outcome in outcomes) == sorted(run.run_id for run in runs())
+    assert {outcome.status for outcome in outcomes} == {"complete"}
+
+
+def test_a_sweep_whose_reader_fails_stops_its_workers(tmp_path):
+    root = str(tmp_path / "s")
+
+    def fail() -> bool:
+        if (tmp_path / "s" / "runs").exists() and any(run.attrs["commits"] for run in list_runs(root)):
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep(runs(steps=300_000), root, workers=1, on_poll=fail))
+    assert {run.status for run in list_runs(root)} == {"interrupted"}
+
+
+def test_workers_are_the_cores_over_the_threads_and_one_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert default_workers(runs()) == 8
+    assert default_workers(runs(compute=Compute(threads=3))) == 2
+    assert default_workers(runs(compute=Compute(device="cuda"))) == 1
 
 
 @pytest.mark.parametrize("workers", [None, 5])

@@ -125,3 +125,10 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"compute.device = 'cuda': torch finds no such device"):
         train(config(compute=Compute(device="cuda")), str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_goal_of_fewer_steps_closes_a_run_that_is_past_it(tmp_path):
+    asked = iter([False] * 6 + [True])
+    train(config(), str(tmp_path), should_stop=lambda: next(asked))
+    assert train(config(stop=Stop(steps=4)), str(tmp_path)) == "complete"
+    assert run_of(tmp_path, config()).attrs["last_step"] == 6
