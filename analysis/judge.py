@@ -61,8 +61,7 @@ def judge_store(root: str | os.PathLike[str]) -> list[Judgement]:
         root: folder of the store, its results computed (`analysis.results.analyze`).
 
     Raises:
-        InputError: if a run names a paper or a claim that is not known here, the complete runs of a study share no
-            loss level that they reached, or a study's name cannot stand in a query.
+        InputError: if a run names a paper or a claim that is not known here, or a study's name cannot stand in a query.
     """
     runs = list_runs(root)
     named = dict.fromkeys(
@@ -82,7 +81,10 @@ def judge(root: str | os.PathLike[str], study: str, claim: Claim, runs: Sequence
         raise InputError(f"study = {study!r}: only letters, digits, '_', '.' and '-' are allowed to judge its claims")
     sql, level = claim.sql.replace("{study}", f"'{study}'"), None
     if "{level}" in sql:
-        level = shared_level([run for run in runs if run.attrs.get("study") == study], root)
+        try:
+            level = shared_level([run for run in runs if run.attrs.get("study") == study], root)
+        except InputError as error:
+            return Judgement(study, claim, Verdict("underpowered", str(error), 0), sql, None)
         sql = sql.replace("{level}", repr(level))
     table = catalog.query(root, sql, sync=False)
     frame = pd.DataFrame(table.rows, columns=table.columns)

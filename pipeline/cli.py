@@ -388,8 +388,9 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
     """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
     from analysis import catalog
 
-    _analyze(root, quiet)
-    table = catalog.query(root, query, sync=False)
+    if catalog.derived(query):
+        _analyze(root, quiet)
+    table = catalog.query(root, query)
     if as_csv:
         import csv
 

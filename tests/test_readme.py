@@ -12,7 +12,9 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 # What `make demo` leaves, in small: the readme's numbers need no exact store.
-DEMO = ["data.n=40", "model.width=8", "stop.steps=150", "learning_rate=[0.02, 0.1, 0.4]", "record.loss_levels=[0.3, 0.1]"]
+DEMO = [
+    "data.n=40", "model.width=8", "stop.steps=150", "learning_rate=[0.02, 0.1, 0.4]", "record.loss_levels=[0.3, 0.1]",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
