@@ -1,0 +1,262 @@
+"""The empirical neural tangent kernel of a model on given examples.
+
+    K_ij^ab = Σ_l w_l² Σ_{θ in l} (∂f_a(x_i)/∂θ) (∂f_b(x_j)/∂θ),    w_l = 1 unless asked for
+
+over the trained tensors θ_l. One forward pass, and a backward pass per output, capture what the gradients of linear
+maps, convolutions, embeddings, normalisations and free parameters follow from (`rules`); what has no such structure
+takes the generic path (`generic`). How the parts are put together is in `terms`.
+
+Sources: Jacot, Gabriel, Hongler (2018), arXiv 1806.07572; Novak, Sohl-Dickstein, Schoenholz (2022), arXiv 2206.08720;
+Tan, Wu, Huang (2021), arXiv 2103.11558 (the weights w_l).
+"""
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.kernels import gram
+from pipeline.kernels.capture import capture, example_count, output_gradients, trained
+from pipeline.kernels.generic import jacobians
+from pipeline.kernels.structure import Structure, some, structure
+from pipeline.kernels.terms import Kept, Measured, Setting, Term, Where, terms_of
+
+Outputs = Literal["trace", "full"]
+Method = Literal["auto", "jacobian"]
+
+MEMORY = 2**30
+# Of the widest output captured at once: larger buffers are fresh pages of the system every time.
+CAPTURE_BYTES = 2**22
+# Gram matrices of examples that are kept: those of a few datasets, for all their steps and learning rates.
+GRAMS = 4
+
+
+class NTK:
+    """The kernel on fixed examples, for many evaluations of a model whose parameters change.
+
+    It keeps what does not depend on the parameters, the Gram matrix of the inputs, and the memory to work in. One
+    object serves one thread.
+
+    Args:
+        x1: n1 examples: a tensor (n1, ...), or a tuple, list or dict of such tensors, with which the model is called
+            as it is; on the model's device, and not to be changed afterwards.
+        x2: n2 examples, or None for x1, which gives an exactly symmetric kernel.
+        outputs: "trace" sums the kernels of the c outputs, "full" keeps each pair of outputs.
+        layers: give the part of each trained tensor by itself; their sum is the kernel.
+        weights: w_l by name of tensor, or by a beginning of names that ends before a dot; 1 for the others.
+        method: "auto", or "jacobian" to take every gradient by the generic path.
+        memory: bytes to work in, beside the examples and the kernel. More examples than fit at once are taken in
+            blocks, whose forward and backward passes are then made once per pair of blocks.
+
+    Raises:
+        InputError: if the arguments do not fit.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> NTK(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))(model)
+        tensor([[25.,  4.],
+                [ 4.,  1.]])
+    """
+
+    def __init__(
+        self,
+        x1: Any,
+        x2: Any = None,
+        *,
+        outputs: Outputs = "trace",
+        layers: bool = False,
+        weights: Mapping[str, float] | None = None,
+        method: Method = "auto",
+        memory: int = MEMORY,
+    ) -> None:
+        if outputs not in ("trace", "full"):
+            raise InputError(f"outputs = {outputs!r}: must be 'trace' or 'full'")
+        if method not in ("auto", "jacobian"):
+            raise InputError(f"method = {method!r}: must be 'auto' or 'jacobian'")
+        self._x1, self._x2, self._symmetric = x1, x1 if x2 is None else x2, x2 is None
+        self._n1, self._n2 = example_count(self._x1), example_count(self._x2)
+        self._full, self._layers, self._method, self._memory = outputs == "full", layers, method, memory
+        self._weights = dict(weights or {})
+        self._buffers: dict[str, Tensor] = {}
+        self._digest: str | None = None
+
+    def __call__(self, model: nn.Module) -> Any:
+        """The kernel of `model` as it is now; the model, its gradients and modes are left as they were.
+
+        Returns:
+            In the model's dtype, (n1, n2) for the trace, (n1, n2, c, c) for all pairs of outputs; with `layers` a dict
+            of such kernels by name of tensor.
+
+        Raises:
+            InputError: if the model mixes its examples or draws random numbers, has nothing that is trained or not
+                the tensors that `weights` names, or two examples do not fit into the memory.
+        """
+        known = structure(model, self._x1)
+        if self._method == "jacobian":
+            known = replace(known, weights={}, captured=(), generic=(*known.captured, *known.generic), held=0, widest=0)
+        sample = next(iter(trained(model).values()))
+        setting = Setting(known.c, self._full, _factors(self._weights, known))
+        terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, *names, setting.factors))
+        c = known.c if self._full else 1
+        size = self._block(known, terms, c, sample.element_size())
+        kernels: dict[str, Tensor] = {}
+        for i, rows in enumerate(_blocks(self._n1, size)):
+            left = self._kept(model, known, terms, sample, self._x1, rows, "left")
+            for j, columns in enumerate(_blocks(self._n2, size)):
+                if self._symmetric and j > i:
+                    break
+                same = self._symmetric and i == j
+                right = left if same else self._kept(model, known, terms, sample, self._x2, columns, "right")
+                parts = self._parts(terms, left, right, (rows, columns), c, sample)
+                if size >= max(self._n1, self._n2):
+                    kernels = parts
+                    continue
+                for group, part in parts.items():
+                    whole = kernels.setdefault(group, sample.new_empty(self._n1 * c, self._n2 * c))
+                    whole[rows.start * c : rows.stop * c, columns.start * c : columns.stop * c] = part
+        for kernel in kernels.values():
+            if self._symmetric:
+                gram.mirror(kernel)
+        if self._full:
+            kernels = {group: kernel.view(self._n1, c, self._n2, c).transpose(1, 2) for group, kernel in kernels.items()}
+        return kernels if self._layers else kernels[""]
+
+    def _block(self, known: Structure, terms: list[Term], c: int, item: int) -> int:
+        """How many examples are taken at once.
+
+        Raises:
+            InputError: if there is no room for two.
+        """
+        most = max(self._n1, self._n2)
+        each = sum(math.prod(shape) for term in terms for shape in term.shapes) * item
+        fixed = 2 * gram.TILE * most * c * item + (2 + known.c) * max(CAPTURE_BYTES, known.held * item)
+        if (self._n1 if self._symmetric else self._n1 + self._n2) * each + fixed <= self._memory:
+            return most
+        size = (self._memory - fixed) // (2 * each)
+        if size < 1:
+            raise InputError(
+                f"memory = {self._memory} bytes: two examples of this model need {2 * each + fixed} beside the kernel; "
+                "give more, or fewer examples"
+            )
+        return size
+
+    def _kept(
+        self, model: nn.Module, known: Structure, terms: list[Term], like: Tensor, x: Any, rows: slice, side: str
+    ) -> list[Kept]:
+        """What the terms keep of some examples."""
+        n = rows.stop - rows.start
+        kept = [
+            tuple(
+                self._buffer(f"{side} {term.names[0]} {i}", like, n, *shape) for i, shape in enumerate(term.shapes)
+            )
+            for term in terms
+        ]
+        parameters = trained(model)
+        names = {id(parameters[name]): name for name in known.captured}
+        step = n if not known.widest else max(1, CAPTURE_BYTES // (known.widest * like.element_size()))
+        with gram.blas_threads(1):
+            for start in range(0, n, step):
+                few = slice(start, min(n, start + step))
+                examples = some(x, slice(rows.start + few.start, rows.start + few.stop))
+                captured = capture(model, examples, names, known.copied) if names else None
+                measured = Measured(
+                    captured,
+                    output_gradients(captured) if captured else [],
+                    jacobians(model, examples, known.generic, known.c) if known.generic else {},
+                )
+                with torch.no_grad():
+                    for term, tensors in zip(terms, kept, strict=True):
+                        term.fill(tuple(tensor[few] for tensor in tensors), measured)
+        return kept
+
+    def _parts(
+        self, terms: list[Term], left: list[Kept], right: list[Kept], where: Where, c: int, like: Tensor
+    ) -> dict[str, Tensor]:
+        """The kernel of two blocks of examples; by name of tensor if the layers are kept apart."""
+        height, width = (rows.stop - rows.start for rows in where)
+        parts: dict[str, Tensor] = {}
+        with torch.no_grad(), gram.blas_threads(torch.get_num_threads()):
+            for term, one, two in zip(terms, left, right, strict=True):
+                group = term.names[0] if self._layers else ""
+                if group not in parts:
+                    parts[group] = like.new_zeros(height * c, width * c)
+                term.add(parts[group], one, two, where)
+        return parts
+
+    def _buffer(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Memory to work in, overwritten by the next use of `name`; a smaller shape is a part of it."""
+        numbers = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numbers or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = like.detach().new_empty(numbers)
+        return buffer[:numbers].view(shape)
+
+    def _inputs(self, like: Tensor, weight: str, bias: str | None, factors: Mapping[str, float]) -> Tensor | None:
+        """w² x x'ᵀ + w_b² of the examples, kept for all steps and for other kernels on the same examples.
+
+        None if it takes more than half of the memory.
+        """
+        if 2 * self._n1 * self._n2 * like.element_size() > self._memory:
+            return None
+        x1, x2 = (x.detach().flatten(1) for x in (self._x1, self._x2))
+        if self._digest is None:
+            self._digest = "".join(
+                hashlib.blake2b(x.numpy(force=True).tobytes(), digest_size=16).hexdigest() for x in (x1, x2)
+            )
+        scale, shift = factors.get(weight, 1.0), 0.0 if bias is None else factors.get(bias, 1.0)
+        key = (self._digest, x1.shape, x2.shape, x1.dtype, x1.device, scale, shift)
+        if key not in _grams:
+            with gram.blas_threads(torch.get_num_threads()):
+                product = gram.product(x1, x1 if self._symmetric else x2)
+            _grams[key] = product.mul_(scale**2).add_(shift**2)
+            while len(_grams) > GRAMS:
+                _grams.popitem(last=False)
+        _grams.move_to_end(key)
+        return _grams[key]
+
+
+_grams: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive rows, at most `size` at a time."""
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+def _factors(weights: Mapping[str, float], known: Structure) -> dict[str, float]:
+    """w_l by name of tensor; the longest beginning that fits counts."""
+    found: dict[str, float] = {}
+    for start in sorted(weights, key=len):
+        fitting = [name for name in known.sizes if name == start or name.startswith(f"{start}.")]
+        if not fitting or not math.isfinite(weights[start]):
+            raise InputError(
+                f"weights: {start!r} = {weights[start]}: must be a finite number for one of {', '.join(known.sizes)}, "
+                "or for a beginning of such names"
+            )
+        found |= dict.fromkeys(fitting, float(weights[start]))
+    return found
+
+
+def empirical_ntk(model: nn.Module, x1: Any, x2: Any = None, **options: Any) -> Any:
+    """The kernel of one model on one set of examples; `NTK` does the same for many evaluations.
+
+    Args:
+        model: maps n examples to (n, c), each on its own.
+        x1: n1 examples.
+        x2: n2 examples, or None for x1.
+        options: `outputs`, `layers`, `weights`, `method` and `memory` of `NTK`.
+
+    Returns:
+        (n1, n2), or (n1, n2, c, c) for outputs="full"; with layers=True a dict of such kernels.
+
+    Raises:
+        InputError: as `NTK` and its call.
+    """
+    return NTK(x1, x2, **options)(model)

@@ -1,0 +1,301 @@
+"""How the gradients of each trained tensor are to be had, found out once per model and proven against autograd.
+
+On a few examples, with random weights w_ia, the captured gradients must reproduce
+
+    Σ_ia w_ia J_ia = ∇_θ Σ_ia w_ia f_a(x_i)
+
+for every tensor θ_l; those that do not (parameters used in C++, in custom functions, batches that come second, …) are
+left to the generic path, which is right for every differentiable model. The check is made beside the model's own
+parameters, at a random distance: a head that starts at zero would hide every other gradient. Models for which no
+example has a gradient of its own are refused: those that mix their examples, and those that draw random numbers.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from pipeline.errors import InputError
+from pipeline.kernels.capture import Captured, capture, example_count, output_gradients, trained
+from pipeline.kernels.rules import Convolution, Outer, Scaled, Unstructured, Use
+
+CHECKED = 8  # examples of the check
+# Relative to the size of the gradients: rounding stays far below, a wrong gradient far above.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear map or convolution that a tensor is the weight of, by itself and once.
+
+    Attributes:
+        positions: T.
+        inputs: d.
+        outputs: e.
+        head: its output is the model's.
+        bias: name of the tensor that is its bias and nothing else.
+        of_examples: its input is the examples themselves.
+    """
+
+    positions: int
+    inputs: int
+    outputs: int
+    head: bool
+    bias: str | None
+    of_examples: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found out about a model.
+
+    Attributes:
+        c: outputs.
+        weights: by name, the tensors for which products of captured tensors are an alternative to their gradients.
+        captured: names of all tensors whose gradients follow from captured calls, in the order of the model.
+        generic: names of the others.
+        sizes: numbers in each tensor, by name.
+        copied: calls that have to copy what the model changes in place afterwards.
+        held: numbers that one example's captured tensors have together.
+        widest: numbers of the largest captured output of one example.
+    """
+
+    c: int
+    weights: dict[str, Weight]
+    captured: tuple[str, ...]
+    generic: tuple[str, ...]
+    sizes: dict[str, int]
+    copied: frozenset[int]
+    held: int
+    widest: int
+
+
+_known: "WeakKeyDictionary[nn.Module, dict[Any, Structure]]" = WeakKeyDictionary()
+
+
+def structure(model: nn.Module, x: Any) -> Structure:
+    """The structure of `model` on examples like `x`; looked up if it is known already.
+
+    Args:
+        model: any module that treats examples independently; left as it was.
+        x: examples.
+
+    Raises:
+        InputError: if the model has nothing that is trained, mixes its examples, is random, or has parameters of a
+            dtype other than float32 and float64, or of two.
+    """
+    leaves, layout = tree_flatten(x)
+    key = (
+        str(layout),
+        *((leaf.shape[1:], leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)),
+        *((tensor.dtype, tensor.requires_grad) for tensor in model.parameters()),
+        *(module.training for module in model.modules()),
+    )
+    known = _known.setdefault(model, {})
+    if key in known:
+        return known[key]
+    _refuse_by_type(model)
+    with _beside(trained(model).values()):
+        found = _inspect(model, some(x, slice(0, CHECKED)))
+    if found is not None:
+        known[key] = found
+        return found
+    found = _inspect(model, some(x, slice(0, CHECKED)))
+    # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
+    return found or _unproven(model, x)
+
+
+@contextmanager
+def _beside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Move parameters at random, and back to the same bits.
+
+    Through `.data`, which leaves their version as it is: the caller may hold a graph that is still to be used.
+    """
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for tensor, value in kept:
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            tensor.data.add_(noise * (0.1 * value.square().mean().sqrt() + 0.02))
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.data.copy_(value)
+
+
+def some(x: Any, rows: slice) -> Any:
+    """Rows of a batch."""
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, x)
+
+
+def _inspect(model: nn.Module, x: Any) -> Structure | None:
+    """What there is to know, from a few examples; None if something is not finite."""
+    tensors = trained(model)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= TOLERANCE.keys():
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise InputError(f"trained parameters of dtype {found}: must be all float32 or all float64")
+    captured, copied = _captured(model, x, tensors)
+    tolerance = TOLERANCE[dtypes.pop()]
+    if not bool(torch.isfinite(captured.result).all()):
+        return None
+    _refuse_by_behaviour(model, x, captured.result.detach(), tolerance)
+    right, absent = _proven(captured, tensors, tolerance)
+    uses = {name: found for name in right if (found := captured.uses[name])}
+    outputs = {id(use.output): use.output.numel() for found in uses.values() for use in found}
+    saved = {use.saved.data_ptr(): use.saved.numel() for f in uses.values() for use in f if use.saved is not None}
+    n = example_count(x)
+    return Structure(
+        c=captured.result.shape[1],
+        weights=_weights(captured, uses, x),
+        captured=tuple(uses),
+        generic=tuple(name for name in tensors if name not in uses and name not in absent),
+        sizes={name: tensor.numel() for name, tensor in tensors.items()},
+        copied=frozenset(copied),
+        held=(sum(outputs.values()) + sum(saved.values())) // n,
+        widest=max(outputs.values(), default=0) // n,
+    )
+
+
+def _unproven(model: nn.Module, x: Any) -> Structure:
+    """A structure that leaves everything to the generic path."""
+    with torch.no_grad():
+        c = model(some(x, slice(0, 1))).shape[1]
+    sizes = {name: tensor.numel() for name, tensor in trained(model).items()}
+    return Structure(c, {}, (), tuple(sizes), sizes, frozenset(), 0, 0)
+
+
+def _captured(model: nn.Module, x: Any, tensors: dict[str, Tensor]) -> tuple[Captured, set[int]]:
+    """Capture, again with copies if the model changed something in place."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    captured = capture(model, x, names)
+    if captured.modified:
+        copied = captured.modified
+        return capture(model, x, names, copied), copied
+    return captured, set()
+
+
+def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) -> tuple[list[str], list[str]]:
+    """Names of the tensors whose captured gradients, weighted at random, are autograd's; and of those never used."""
+    n, c = captured.result.shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(n, c, generator=generator, dtype=torch.float64).to(captured.result)
+    expected = torch.autograd.grad(
+        captured.result, list(tensors.values()), weight, retain_graph=True, allow_unused=True
+    )
+    by_output = output_gradients(captured)
+    right, absent = [], []
+    for (name, tensor), gradient in zip(tensors.items(), expected, strict=True):
+        if gradient is None:
+            absent.append(name)
+        elif uses := captured.uses[name]:
+            try:
+                total, size = _weighted_sum(uses, by_output, weight, tensor.numel())
+            except (Unstructured, RuntimeError):  # shapes that no rule foresaw
+                continue
+            if float((total - gradient.reshape(-1)).abs().sum()) <= tolerance * size:
+                right.append(name)
+    return right, absent
+
+
+def _weighted_sum(
+    uses: list[Use], by_output: list[dict[int, Tensor]], weight: Tensor, p: int
+) -> tuple[Tensor, float]:
+    """Σ_ia w_ia J_ia of one tensor (p_l,), and the sum of the moduli of its terms."""
+    total, size = weight.new_zeros(p), 0.0
+    for column, gradients in zip(weight.T, by_output, strict=True):
+        rows = gradient_rows(uses, gradients, weight.new_empty(len(weight), p))
+        total += column @ rows
+        size += float(column.abs() @ rows.abs().sum(1))
+    return total, size
+
+
+@torch.no_grad()
+def gradient_rows(uses: list[Use], gradients: dict[int, Tensor], rows: Tensor) -> Tensor:
+    """∂f_a/∂θ_l of each example, summed over the calls that take θ_l.
+
+    Args:
+        uses: those calls.
+        gradients: B of each call, by the id of its output.
+        rows: (n, p_l), overwritten.
+
+    Returns:
+        `rows`.
+    """
+    first, *others = uses
+    first.write_gradients(gradients[id(first.output)], rows)
+    for use in others:
+        more = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        use.write_gradients(gradients[id(use.output)], more)
+        rows += more
+    return rows
+
+
+def _weights(captured: Captured, uses: dict[str, list[Use]], x: Any) -> dict[str, Weight]:
+    """The tensors that are the weight of one call and nothing else, with that call's bias."""
+    n = example_count(x)
+    alone = {name: found[0] for name, found in uses.items() if len(found) == 1}
+    biases = {id(use.output): name for name, use in alone.items() if isinstance(use, Scaled) and use.saved is None}
+    found = {}
+    for name, use in alone.items():
+        if not isinstance(use, Outer | Convolution) or use.saved is None or (isinstance(use, Outer) and use.transposed):
+            continue
+        a, b = use.factors(use.output.detach(), n)
+        leaf = tree_leaves(x)[0]
+        found[name] = Weight(
+            positions=a.shape[1],
+            inputs=a.shape[2],
+            outputs=b.shape[2],
+            head=use.output is captured.result,
+            bias=biases.get(id(use.output)),
+            of_examples=leaf is x and use.saved.data_ptr() == leaf.data_ptr() and use.saved.numel() == leaf.numel(),
+        )
+    return found
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse_by_type(model: nn.Module) -> None:
+    """Refuse what is known to mix examples or to be random, saying what to do."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"{type(model).__name__} has no parameter with requires_grad: its kernel is empty")
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
+            raise InputError(
+                f"module {name!r} is a {type(module).__name__} on batch statistics, which couples the examples: "
+                "call model.eval() to use running statistics (with track_running_stats=True)"
+            )
+        if isinstance(module, DROPOUTS) and module.training and module.p > 0:
+            raise InputError(
+                f"module {name!r} is a live {type(module).__name__}, so the kernel is random: call model.eval()"
+            )
+
+
+@torch.no_grad()
+def _refuse_by_behaviour(model: nn.Module, x: Any, result: Tensor, tolerance: float) -> None:
+    """Refuse a model whose outputs change from call to call, or with the other examples of the batch."""
+    scale = tolerance * float(result.abs().max()) or tolerance
+    if not bool(torch.isfinite(result).all()):
+        return  # a model that has diverged: its kernel is not finite either, which is for the caller to find
+    what = type(model).__name__
+    if float((model(x) - result).abs().max()) > scale:
+        raise InputError(
+            f"{what} gives other outputs when it is called again, so its kernel is random: call model.eval(), or fix "
+            "what it draws"
+        )
+    if len(result) > 1:
+        apart = torch.cat([model(some(x, slice(i, i + 1))) for i in range(len(result))])
+        if float((apart - result).abs().max()) > scale:
+            raise InputError(
+                f"{what} gives an example other outputs beside other examples, so no example has a gradient of its "
+                "own: replace what couples the batch (statistics or softmax over examples), or call model.eval()"
+            )
