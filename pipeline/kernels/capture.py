@@ -6,7 +6,7 @@ seen as they are. What the mode does not see (code in C++, custom autograd funct
 are compared with autograd's, in `structure`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +88,8 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        taken = {id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.names}
-        if not taken or not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+        taken = {id(value) for value in _values((*args, *kwargs.values())) if id(value) in self.names}
+        if not taken or not any(isinstance(value, Tensor) and value.requires_grad for value in _values((output,))):
             return output
         number, self._calls = self._calls, self._calls + 1
         if number in self.copied:
@@ -116,6 +116,15 @@ class _Watch(TorchFunctionMode):
                 found = []
         left = taken - {id(tensor) for tensor, _ in found}
         return [(self.names[id(tensor)], use) for tensor, use in found] + [(self.names[key], None) for key in left]
+
+
+def _values(arguments: Iterable[Any]) -> Iterator[Any]:
+    """What a call is given, with what is in containers; most calls have none, and there are many calls."""
+    for argument in arguments:
+        if isinstance(argument, tuple | list | dict):
+            yield from tree_leaves(argument)
+        else:
+            yield argument
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[int, str]) -> tuple[tuple[Any, ...], Any]:

@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from pipeline.errors import InputError
 from pipeline.kernels import gram
 from pipeline.kernels.capture import capture, example_count, output_gradients, trained
 from pipeline.kernels.generic import jacobians
-from pipeline.kernels.structure import Structure, some, structure
+from pipeline.kernels.structure import Structure, channels_last, some, structure, unproven
 from pipeline.kernels.terms import Kept, Measured, Setting, Term, Where, terms_of
 
 Outputs = Literal["trace", "full"]
@@ -90,7 +89,7 @@ class NTK:
         """The kernel of `model` as it is now; the model, its gradients and modes are left as they were.
 
         Returns:
-            In the model's dtype, (n1, n2) for the trace, (n1, n2, c, c) for all pairs of outputs; with `layers` a dict
+            In memory of this object, which the next call overwrites; in the model's dtype, (n1, n2) for the trace, (n1, n2, c, c) for all pairs of outputs; with `layers` a dict
             of such kernels by name of tensor.
 
         Raises:
@@ -99,7 +98,7 @@ class NTK:
         """
         known = structure(model, self._x1)
         if self._method == "jacobian":
-            known = replace(known, weights={}, captured=(), generic=(*known.captured, *known.generic), held=0, widest=0)
+            known = unproven(model, self._x1)
         sample = next(iter(trained(model).values()))
         setting = Setting(known.c, self._full, _factors(self._weights, known))
         terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, *names, setting.factors))
@@ -118,7 +117,7 @@ class NTK:
                     kernels = parts
                     continue
                 for group, part in parts.items():
-                    whole = kernels.setdefault(group, sample.new_empty(self._n1 * c, self._n2 * c))
+                    whole = kernels.setdefault(group, self._buffer(f"whole {group}", sample, self._n1 * c, self._n2 * c))
                     whole[rows.start * c : rows.stop * c, columns.start * c : columns.stop * c] = part
         for kernel in kernels.values():
             if self._symmetric:
@@ -135,16 +134,24 @@ class NTK:
         """
         most = max(self._n1, self._n2)
         each = sum(math.prod(shape) for term in terms for shape in term.shapes) * item
-        fixed = 2 * gram.TILE * most * c * item + (2 + known.c) * max(CAPTURE_BYTES, known.held * item)
+        fixed = 2 * min(gram.TILE, most) * most * c * item
+        fixed += self._captured_at_once(known, most, item) * (2 + known.c) * known.held * item
         if (self._n1 if self._symmetric else self._n1 + self._n2) * each + fixed <= self._memory:
             return most
         size = (self._memory - fixed) // (2 * each)
         if size < 1:
             raise InputError(
-                f"memory = {self._memory} bytes: two examples of this model need {2 * each + fixed} beside the kernel; "
+                f"memory = {self._memory}: two examples of this model need {2 * each + fixed} bytes beside the kernel; "
                 "give more, or fewer examples"
             )
         return size
+
+    def _captured_at_once(self, known: Structure, n: int, item: int) -> int:
+        """How many of n examples go through the model together."""
+        if not known.held:
+            return n
+        most = min(CAPTURE_BYTES // (known.widest * item), self._memory // (4 * (2 + known.c) * known.held * item))
+        return max(1, min(n, most))
 
     def _kept(
         self, model: nn.Module, known: Structure, terms: list[Term], like: Tensor, x: Any, rows: slice, side: str
@@ -159,11 +166,13 @@ class NTK:
         ]
         parameters = trained(model)
         names = {id(parameters[name]): name for name in known.captured}
-        step = n if not known.widest else max(1, CAPTURE_BYTES // (known.widest * like.element_size()))
+        step = self._captured_at_once(known, n, like.element_size())
         with gram.blas_threads(1):
             for start in range(0, n, step):
                 few = slice(start, min(n, start + step))
                 examples = some(x, slice(rows.start + few.start, rows.start + few.stop))
+                if known.images:
+                    examples = channels_last(examples)
                 captured = capture(model, examples, names, known.copied) if names else None
                 measured = Measured(
                     captured,
@@ -185,7 +194,7 @@ class NTK:
             for term, one, two in zip(terms, left, right, strict=True):
                 group = term.names[0] if self._layers else ""
                 if group not in parts:
-                    parts[group] = like.new_zeros(height * c, width * c)
+                    parts[group] = self._buffer(f"part {group}", like, height * c, width * c).zero_()
                 term.add(parts[group], one, two, where)
         return parts
 

@@ -4,6 +4,7 @@ This path asks nothing of how a model uses its parameters. Where `torch.func` ca
 in C++ without a batching rule, custom functions), each example gets a forward pass of its own.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ def jacobians(model: nn.Module, x: Any, names: tuple[str, ...], c: int) -> dict[
     """
     wanted = [dict(model.named_parameters())[name] for name in names]
     try:
-        found = _batched(model, x, wanted, c)
+        with warnings.catch_warnings():
+            # Some functions have no batching rule and are looped over; nobody who reads this could change that.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found = _batched(model, x, wanted, c)
     except (RuntimeError, ValueError):  # what torch.func says of a model that it cannot batch
         found = _one_by_one(model, x, wanted)
     return {name: tensor.reshape(len(tensor), c, -1) for name, tensor in zip(names, found, strict=True)}

@@ -85,7 +85,11 @@ class Outer(Use):
 
 @final
 class Convolution(Use):
-    """Weight (e, channels, *kernel) of a convolution: a linear map of the patches, d = channels times kernel size."""
+    """Weight (e, channels, *kernel) of a convolution: a linear map of the patches, d = channels times places in it.
+
+    Patches are copied as windows of the padded input, one per place in the kernel, each with its channels side by side:
+    the order in which an input in torch's channels-last format lies in memory.
+    """
 
     def __init__(
         self, shape: torch.Size, output: Tensor, saved: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
@@ -93,35 +97,39 @@ class Convolution(Use):
         super().__init__(shape, output, saved)
         self.stride, self.dilation = stride, dilation
 
-    def patches(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
-        """Patches of some examples (stop - start, d, T): slices of the padded input, one per place in the kernel."""
+    def patches(self, examples: slice, buffer: Tensor | None = None) -> Tensor:
+        """Patches of some examples (m, T, d), the channels within each place of the kernel."""
         assert self.saved is not None
-        padded, kernel, sizes = self.saved[start:stop], self.shape[2:], self.output.shape[2:]
+        padded, kernel, sizes = self.saved[examples].movedim(1, -1), self.shape[2:], self.output.shape[2:]
+        m, channels = len(padded), padded.shape[-1]
         if buffer is None:
-            buffer = padded.new_empty(stop - start, padded.shape[1], math.prod(kernel), *sizes)
+            buffer = padded.new_empty(m, *sizes, math.prod(kernel), channels)
         for place, offsets in enumerate(product(*map(range, kernel))):
-            window = tuple(
+            window = (
                 slice(offset * spread, offset * spread + step * (size - 1) + 1, step)
                 for offset, spread, step, size in zip(offsets, self.dilation, self.stride, sizes, strict=True)
             )
-            buffer[: stop - start, :, place] = padded[(..., *window)]
-        return buffer[: stop - start].flatten(3).flatten(1, 2)
+            buffer[:m, ..., place, :] = padded[(slice(None), *window)]
+        return buffer[:m].flatten(-2).flatten(1, -2)
 
     def factors(self, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """A (n, T, d), the patches, and B (n, T, e)."""
-        return self.patches(0, n).transpose(1, 2), gradient.flatten(2).transpose(1, 2)
+        return self.patches(slice(n)), gradient.flatten(2).transpose(1, 2)
 
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
         """Σ_t B_it A_itᵀ, a few examples at a time."""
         assert self.saved is not None
         n, e = gradient.shape[:2]
-        gradient, matrices = gradient.flatten(2), rows.unflatten(1, (e, -1))
-        sizes = self.output.shape[2:]
-        buffer = rows.new_empty(min(n, PATCH_EXAMPLES), self.saved.shape[1], math.prod(self.shape[2:]), *sizes)
-        for start in range(0, n, PATCH_EXAMPLES):
-            some = slice(start, min(n, start + PATCH_EXAMPLES))
-            patches = self.patches(some.start, some.stop, buffer).transpose(1, 2)
-            batched_product(gradient[some], patches, matrices[some])
+        channels, places = self.shape[1], math.prod(self.shape[2:])
+        gradient, matrices = gradient.flatten(2), rows.unflatten(1, (e, channels, places))
+        few = min(n, PATCH_EXAMPLES)
+        buffer = rows.new_empty(few, *self.output.shape[2:], places, channels)
+        products = rows.new_empty(few, e, places * channels)
+        for start in range(0, n, few):
+            some = slice(start, min(n, start + few))
+            found = products[: some.stop - start]
+            batched_product(gradient[some], self.patches(some, buffer), found)
+            matrices[some] = found.unflatten(2, (places, channels)).transpose(2, 3)
 
 
 def batched_product(a: Tensor, b: Tensor, out: Tensor) -> None:

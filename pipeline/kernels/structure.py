@@ -64,6 +64,7 @@ class Structure:
         generic: names of the others.
         sizes: numbers in each tensor, by name.
         copied: calls that have to copy what the model changes in place afterwards.
+        images: its examples are images, which the model takes in channels-last order too, the faster one.
         held: numbers that one example's captured tensors have together.
         widest: numbers of the largest captured output of one example.
     """
@@ -74,6 +75,7 @@ class Structure:
     generic: tuple[str, ...]
     sizes: dict[str, int]
     copied: frozenset[int]
+    images: bool
     held: int
     widest: int
 
@@ -110,7 +112,7 @@ def structure(model: nn.Module, x: Any) -> Structure:
         return found
     found = _inspect(model, some(x, slice(0, CHECKED)))
     # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
-    return found or _unproven(model, x)
+    return found or unproven(model, x)
 
 
 @contextmanager
@@ -136,6 +138,21 @@ def some(x: Any, rows: slice) -> Any:
     return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, x)
 
 
+def channels_last(x: Any) -> Any:
+    """A batch with its images (n, channels, height, width) in channels-last order."""
+
+    def converted(leaf: Any) -> Any:
+        is_images = isinstance(leaf, Tensor) and leaf.ndim == 4
+        return leaf.contiguous(memory_format=torch.channels_last) if is_images else leaf
+
+    return tree_map(converted, x)
+
+
+def _all(captured: Captured) -> Iterator[Use]:
+    for uses in captured.uses.values():
+        yield from uses or ()
+
+
 def _inspect(model: nn.Module, x: Any) -> Structure | None:
     """What there is to know, from a few examples; None if something is not finite."""
     tensors = trained(model)
@@ -144,6 +161,12 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise InputError(f"trained parameters of dtype {found}: must be all float32 or all float64")
     captured, copied = _captured(model, x, tensors)
+    images = any(use.output.ndim == 4 for use in _all(captured) if isinstance(use, Convolution))
+    if images:
+        try:
+            captured, copied = _captured(model, channels_last(x), tensors)
+        except RuntimeError:  # a `view` that wants the other order
+            images = False
     tolerance = TOLERANCE[dtypes.pop()]
     if not bool(torch.isfinite(captured.result).all()):
         return None
@@ -160,17 +183,18 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
         generic=tuple(name for name in tensors if name not in uses and name not in absent),
         sizes={name: tensor.numel() for name, tensor in tensors.items()},
         copied=frozenset(copied),
+        images=images,
         held=(sum(outputs.values()) + sum(saved.values())) // n,
         widest=max(outputs.values(), default=0) // n,
     )
 
 
-def _unproven(model: nn.Module, x: Any) -> Structure:
+def unproven(model: nn.Module, x: Any) -> Structure:
     """A structure that leaves everything to the generic path."""
     with torch.no_grad():
         c = model(some(x, slice(0, 1))).shape[1]
     sizes = {name: tensor.numel() for name, tensor in trained(model).items()}
-    return Structure(c, {}, (), tuple(sizes), sizes, frozenset(), 0, 0)
+    return Structure(c, {}, (), tuple(sizes), sizes, frozenset(), False, 0, 0)
 
 
 def _captured(model: nn.Module, x: Any, tensors: dict[str, Tensor]) -> tuple[Captured, set[int]]:
@@ -192,7 +216,8 @@ def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) ->
         captured.result, list(tensors.values()), weight, retain_graph=True, allow_unused=True
     )
     by_output = output_gradients(captured)
-    right, absent = [], []
+    sums: dict[str, tuple[float, float]] = {}  # distance from autograd's gradient, sum of the moduli of the terms
+    absent = []
     for (name, tensor), gradient in zip(tensors.items(), expected, strict=True):
         if gradient is None:
             absent.append(name)
@@ -201,8 +226,15 @@ def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) ->
                 total, size = _weighted_sum(uses, by_output, weight, tensor.numel())
             except (Unstructured, RuntimeError):  # shapes that no rule foresaw
                 continue
-            if float((total - gradient.reshape(-1)).abs().sum()) <= tolerance * size:
-                right.append(name)
+            sums[name] = float((total - gradient.reshape(-1)).abs().sum()), size
+    # A gradient that cancels, as of a bias before a normalisation, is rounding of the others.
+    rounding = 100 * torch.finfo(weight.dtype).eps
+    largest = max((size / tensors[name].numel() for name, (_, size) in sums.items()), default=0.0)
+    right = [
+        name
+        for name, (distance, size) in sums.items()
+        if distance <= max(tolerance * size, rounding * largest * tensors[name].numel())
+    ]
     return right, absent
 
 
