@@ -1,6 +1,8 @@
 """Naive dense references in float64: slow, obvious, and written without the code that they judge."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,20 +11,54 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def jacobian(model: torch.nn.Module, x: torch.Tensor) -> Array:
-    """∂f_a(x_i)/∂θ of the trained parameters, (n, c, p), by one backward pass per example and output."""
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
+    """`function` of every tensor of a batch: a tensor, or dicts, tuples and lists of batches."""
+    if isinstance(x, dict):
+        return {key: mapped(function, value) for key, value in x.items()}
+    return type(x)(mapped(function, value) for value in x) if isinstance(x, tuple | list) else function(x)
+
+
+def first_tensor(x: Any) -> torch.Tensor:
+    """One tensor of a batch, for the number of examples."""
+    while not isinstance(x, torch.Tensor):
+        x = next(iter(x.values() if isinstance(x, dict) else x))
+    return x
+
+
+def layer_jacobians(model: torch.nn.Module, x: Any) -> dict[str, Array]:
+    """∂f_a(x_i)/∂θ of each trained parameter by its name, (n, c, p_l), by one backward pass per example and output.
+
+    Args:
+        model: maps a batch to (n, c).
+        x: a tensor, or dicts, tuples and lists of tensors; integers and booleans stay what they are.
+    """
     model = copy.deepcopy(model).double()
-    trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    rows = []
-    for example in x.double():
-        output = model(example[None])[0]
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    x = mapped(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, x)
+    rows: dict[str, list[Array]] = {name: [] for name in trained}
+    n = len(first_tensor(x))
+    for i in range(n):
+        output = model(mapped(lambda leaf, i=i: leaf[i : i + 1], x))[0]
         for value in output:
-            gradients = torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]).numpy())
-    return np.stack(rows).reshape(len(x), len(output), -1)
+            gradients = _gradients(value, list(trained.values()))
+            for name, gradient in zip(trained, gradients, strict=True):
+                rows[name].append(gradient.reshape(-1).numpy())
+    return {name: np.stack(row).reshape(n, len(output), -1) for name, row in rows.items()}
 
 
-def ntk(model: torch.nn.Module, x1: torch.Tensor, x2: torch.Tensor | None = None) -> Array:
+def _gradients(value: torch.Tensor, trained: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Of one number, 0 where it depends on no parameter."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(tensor) for tensor in trained)
+    return torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
+
+
+def jacobian(model: torch.nn.Module, x: Any) -> Array:
+    """∂f_a(x_i)/∂θ of all trained parameters in their order, (n, c, p)."""
+    return np.concatenate(list(layer_jacobians(model, x).values()), axis=2)
+
+
+def ntk(model: torch.nn.Module, x1: Any, x2: Any = None) -> Array:
     """J J^T for every pair of examples and outputs, (n1, n2, c, c)."""
     j1 = jacobian(model, x1)
     j2 = j1 if x2 is None else jacobian(model, x2)

@@ -1,0 +1,77 @@
+"""The models of the property tests are what their tables say."""
+
+import architectures
+import numpy as np
+import oracles
+import pytest
+import torch
+from architectures import CASES, NO_VMAP, REFUSED
+from oracles import first_tensor, mapped
+
+
+def per_example(model, x):
+    """The output of each example in a batch of its own."""
+    return torch.cat([model(mapped(lambda leaf, i=i: leaf[i : i + 1], x)) for i in range(len(first_tensor(x)))])
+
+
+def check(model, x):
+    """What every case promises."""
+    output = model(x)
+    assert output.dtype == torch.float64
+    assert output.ndim == 2
+    assert len(output) == len(first_tensor(x))
+    assert output.isfinite().all()
+    torch.testing.assert_close(per_example(model, x), output, rtol=1e-11, atol=1e-12)
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+    j = oracles.jacobian(model, x)
+    assert j.shape == (*output.shape, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert np.isfinite(j).all()
+    assert np.abs(j).max() > 0
+    return j
+
+
+def by_vmap(model, x):
+    """The Jacobian that torch.func gives, (n, c, p)."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def outputs(parameters, example):
+        return torch.func.functional_call(model, parameters, (mapped(lambda leaf: leaf[None], example),))[0]
+
+    jacobians = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0))(trained, x)
+    return torch.cat([j.flatten(2) if j.ndim > 2 else j[:, :, None] for j in jacobians.values()], dim=2).numpy()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_is_differentiable_and_treats_examples_alone(name):
+    model, x = CASES[name]()
+    j = check(model, x)
+    if name in NO_VMAP:
+        with pytest.raises(RuntimeError, match=r"size|shape|vmap|hooks"):
+            by_vmap(model, x)
+    else:
+        np.testing.assert_allclose(by_vmap(model, x), j, rtol=1e-9, atol=1e-11 * np.abs(j).max())
+
+
+@pytest.mark.parametrize("name", [*CASES, *REFUSED])
+def test_a_case_is_always_the_same(name):
+    generator = torch.random.get_rng_state()
+    (model, x), (again, y) = [{**CASES, **REFUSED}[name]() for _ in range(2)]
+    assert torch.equal(generator, torch.random.get_rng_state())
+    for one, two in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(first_tensor(x), first_tensor(y))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_case_mixes_examples_or_is_random(name):
+    model, x = REFUSED[name]()
+    output = model(x)
+    assert output.shape == (len(x), architectures.C)
+    assert not torch.allclose(model(x[1:3]), output[1:3])
+
+
+def test_parameters_are_moved_from_where_they_start():
+    for name in ("LayerNorm", "BatchNorm2d in eval mode", "scale and shift", "learned positions"):
+        for tensor in CASES[name]()[0].parameters():
+            assert not torch.isin(tensor, torch.tensor([0.0, 1.0])).any()
