@@ -3,7 +3,8 @@
     CASES[name]()    -> (model, x)         each maps x, n examples, to (n, c); float64; always the same
     REFUSED[name]()  -> (model, x)         mixes its examples or draws random numbers
     NO_VMAP[name]    -> reason             cases that torch.func.vmap cannot batch
-    mlps(), convnets(), sequences()        hypothesis strategies for (model, x1, x2), some tensors frozen
+    mlps(), convnets(), sequences()        hypothesis strategies for (model, x1, x2), some tensors frozen;
+                                           torch.func.vmap can batch them all, some with a warning of slowness
 
 x is a tensor, or a dict or tuple of tensors, nested, each with the examples along its first axis; `model(x)` takes it
 as one argument. Every parameter, those of norms included, is moved from the value that it starts with: a scale of 1 or
@@ -13,10 +14,12 @@ a shift of 0 would hide mistakes. Buffers with running statistics are moved too.
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
@@ -383,6 +386,11 @@ def tied():
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, C))
     model[2].weight = model[0].weight
     return model
+
+
+def twice_in_a_sequential():
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, C))
 
 
 def tied_in_all():
@@ -939,6 +947,7 @@ CASES: dict[str, Factory] = {
     "embedding used transposed": case(lambda: (LanguageModel(transposed=True), tokens())),
     "transposed weights": case(lambda: (Autoencoder(), randn(N, 6))),
     "module called three times": case(lambda: (Repeated(nn.Linear(6, 6), 6), randn(N, 6))),
+    "layer twice in a Sequential": case(lambda: (twice_in_a_sequential(), randn(N, 6))),
     "convolution called three times": case(lambda: (Repeated(nn.Conv1d(4, 4, 3, padding=1), 36), randn(*SIGNAL))),
     "norm called three times": case(lambda: (Repeated(nn.LayerNorm(6), 6), randn(N, 6))),
     "two branches": case(lambda: (TwoBranches(), randn(N, 6))),
@@ -1065,3 +1074,211 @@ REFUSED: dict[str, Factory] = {
     ),
     "a buffer that counts calls": case(lambda: with_layer(Counting())),
 }
+
+
+# --- random models ---------------------------------------------------------------------------------------------------
+
+Draw = Callable[..., Any]
+
+# Activations that keep the number of features and that vmap can batch; those that work in place stand only behind
+# layers that do not need their own output for their gradient.
+BATCHED_ACTIVATIONS = sorted(ACTIVATIONS.keys() - {"GLU", "PReLU", "PReLU per channel", "RReLU in eval mode"})
+OUT_OF_PLACE = [name for name in BATCHED_ACTIVATIONS if "in place" not in name]
+
+
+@contextmanager
+def drawn_seed(draw: Draw) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(draw(st.integers(0, 2**31)))
+        yield
+
+
+def some_frozen(draw: Draw, model: nn.Module) -> nn.Module:
+    """In most cases none; at least one tensor is left."""
+    tensors = list(model.parameters())
+    if draw(st.booleans()):
+        for index in draw(st.sets(st.integers(0, len(tensors) - 1), max_size=len(tensors) - 1)):
+            tensors[index].requires_grad_(False)
+    return moved(model)
+
+
+def two_sizes(draw: Draw) -> tuple[int, int]:
+    return draw(st.integers(1, 5)), draw(st.integers(1, 5))
+
+
+def activation(draw: Draw, *, in_place: bool = False) -> nn.Module:
+    return ACTIVATIONS[draw(st.sampled_from(BATCHED_ACTIVATIONS if in_place else OUT_OF_PLACE))]()
+
+
+def dense_layers(draw: Draw, d: int, width: int) -> list[nn.Module]:
+    """From features (..., d) to (..., width)."""
+    kind = draw(
+        st.sampled_from(["linear", "linear", "linear", "norm", "repeated", "residual", "own", "norm of weight"])
+    )
+    linear = nn.Linear(d, width, bias=draw(st.booleans()))
+    if kind == "norm" and width > 2:
+        return [linear, draw(st.sampled_from([nn.LayerNorm, nn.RMSNorm]))(width), activation(draw)]
+    if kind == "repeated":
+        again = nn.Linear(width, width)
+        return [linear, again, nn.Tanh(), again]
+    if kind == "residual":
+        body = nn.Sequential(nn.Linear(width, 3), activation(draw, in_place=True), nn.Linear(3, width))
+        return [linear, Residual(body, in_place=draw(st.booleans()))]
+    if kind == "own":
+        return [Matrix(d, width), Scale(width), activation(draw)]
+    if kind == "norm of weight":
+        return [parametrizations.weight_norm(linear), activation(draw)]
+    return [linear, activation(draw, in_place=True)] if draw(st.booleans()) else [linear]
+
+
+@st.composite
+def mlps(draw: Draw) -> tuple[nn.Module, Tensor, Tensor]:
+    """Fully connected networks on features, tokens or images, the latter flattened at the start or at the end."""
+    with drawn_seed(draw):
+        d = draw(st.integers(1, 6))
+        shape = (*draw(st.sampled_from([(), (), (1,), (3,), (2, 2)])), d)
+        x1, x2 = (randn(n, *shape) for n in two_sizes(draw))
+        layers: list[nn.Module] = []
+        if len(shape) > 1 and draw(st.booleans()):
+            layers, d = [nn.Flatten()], math.prod(shape)
+        for _ in range(draw(st.integers(0, 3))):
+            width = draw(st.integers(1, 6))
+            layers += dense_layers(draw, d, width)
+            d = width
+        return some_frozen(draw, with_head(*layers, x=x1, c=draw(st.integers(1, 3)))), x1, x2
+
+
+def convolution(draw: Draw, axes: int, channels: int, size: int) -> nn.Module:
+    """A convolution over `axes` axes, none of them shorter than `size`."""
+    kernel = draw(st.integers(1, min(3, size)))
+    groups = draw(st.sampled_from([g for g in (1, 1, 2, channels) if channels % g == 0]))
+    options: dict[str, Any] = {"groups": groups, "bias": draw(st.booleans())}
+    out = groups * draw(st.integers(1, 2))
+    if draw(st.integers(0, 5)) == 0:
+        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return kinds[axes - 1](channels, out, kernel, stride=draw(st.integers(1, 2)), **options)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    options["dilation"] = draw(st.integers(1, 2)) if 2 * (kernel - 1) < size else 1
+    padding = draw(st.sampled_from(["valid", "same", "number", "number"]))
+    if padding == "same" and kernel % 2:  # torch warns of another copy where the two sides differ
+        options["padding"] = "same"
+    elif padding == "number":
+        options["padding"] = draw(st.integers(0, min(2, size - 1)))
+        options["stride"] = tuple(draw(st.integers(1, 3)) for _ in range(axes))
+    # torch pads as far as the input is long, and reflects one less.
+    if options.get("padding", 0) != "same" or options["dilation"] * (kernel - 1) // 2 < size:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
+    return kind(channels, out, kernel, **options)
+
+
+def convolution_follower(draw: Draw, axes: int, channels: int, size: int) -> list[nn.Module]:
+    """A norm, an activation and a pooling layer, or some of them."""
+    norms = {
+        "group": lambda: nn.GroupNorm(1, channels),
+        "instance": lambda: (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[axes - 1](channels, affine=True),
+        "batch": lambda: (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[axes - 1](channels).eval(),
+    }
+    pools = {
+        "max": lambda: (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[axes - 1](2),
+        "average": lambda: (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[axes - 1](2),
+        "adaptive": lambda: (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[axes - 1](2),
+    }
+    norm = draw(st.sampled_from([None, None, *norms]))
+    pool = draw(st.sampled_from([None, None, *pools]))
+    layers = [norms[norm]()] if norm is not None and size > 1 else []
+    layers.append(activation(draw, in_place=not layers))
+    return [*layers, pools[pool]()] if pool is not None and size > 1 else layers
+
+
+@st.composite
+def convnets(draw: Draw) -> tuple[nn.Module, Tensor, Tensor]:
+    """Convolutions over one, two or three axes with every option, and a Linear at the end."""
+    with drawn_seed(draw):
+        axes = draw(st.sampled_from([1, 2, 2, 2, 3]))
+        channels = draw(st.integers(1, 4))
+        sides = [draw(st.integers(3, 4 if axes == 3 else 7)) for _ in range(axes)]
+        x1, x2 = (randn(n, channels, *sides) for n in two_sizes(draw))
+        layers: list[nn.Module] = []
+        hidden = x1
+        for _ in range(draw(st.integers(1, 2))):
+            layers.append(convolution(draw, axes, hidden.shape[1], min(hidden.shape[2:])))
+            hidden = layers[-1].double()(hidden).detach()
+            follower = convolution_follower(draw, axes, hidden.shape[1], min(hidden.shape[2:]))
+            hidden = nn.Sequential(*follower).double()(hidden.clone()).detach()
+            layers += follower
+        return some_frozen(draw, with_head(*layers, x=x1, c=draw(st.integers(1, 3)))), x1, x2
+
+
+class EmbedDict(nn.Module):
+    """{"tokens": (n, T) integers, "features": (n, T, 3)} -> (n, T, d)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.embed, self.l = nn.Embedding(5, d, padding_idx=0), nn.Linear(3, d)
+
+    def forward(self, batch):
+        return self.embed(batch["tokens"]) + self.l(batch["features"])
+
+
+class ClassToken(nn.Module):
+    """Puts a learned token before the others, and adds learned positions."""
+
+    def __init__(self, length, d):
+        super().__init__()
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, d)), nn.Parameter(torch.randn(length + 1, d))
+
+    def forward(self, x):
+        return torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+
+
+def token_layer(draw: Draw, length: int, d: int) -> nn.Module:
+    """From (n, length, d) to the same."""
+    heads = draw(st.sampled_from([1, 2]))
+    dense = nn.Sequential(nn.Linear(d, 3), activation(draw, in_place=True), nn.Linear(3, d))
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "block": lambda: Block(d, heads, fused=draw(st.booleans())),
+        "attention": lambda: Residual(Attention(d, heads), in_place=draw(st.booleans())),
+        "multihead": lambda: Residual(
+            Call(
+                lambda x, a: a(x, x, x, need_weights=False)[0],
+                nn.MultiheadAttention(d, heads, batch_first=True, bias=draw(st.booleans())),
+            )
+        ),
+        "encoder": lambda: nn.TransformerEncoderLayer(
+            d, heads, 5, dropout=0.0, batch_first=True, norm_first=draw(st.booleans())
+        ).train(draw(st.booleans())),
+        "convolution": lambda: Call(lambda x, conv: conv(x.mT).mT, nn.Conv1d(d, d, 3, padding=1)),
+        "mixing of tokens": lambda: Residual(Matrix(length, length, function=lambda x, w: torch.tanh(w @ x))),
+        "dense": lambda: dense,
+        "batch second": lambda: Call(lambda x, f: f(x.transpose(0, 1)).transpose(0, 1), dense),
+        "merged": lambda: Call(lambda x, f: f(x.reshape(-1, d)).view(x.shape), dense),
+        "loop": lambda: Call(lambda x, f: torch.stack([f(step) for step in x.unbind(1)], dim=1), dense),
+        "scale": lambda: Scale(*draw(st.sampled_from([(d,), (length, 1), (length, d), ()]))),
+        "norm": lambda: nn.LayerNorm(d),
+    }
+    return kinds[draw(st.sampled_from(sorted(kinds)))]()
+
+
+@st.composite
+def sequences(draw: Draw) -> tuple[nn.Module, Any, Any]:
+    """Networks on tokens, integers, vectors or a dict of both, with attention, loops and work across tokens."""
+    with drawn_seed(draw):
+        d, length, c = draw(st.sampled_from([4, 6])), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+        n1, n2 = two_sizes(draw)
+        inputs: dict[str, tuple[nn.Module, Callable[[int], Any]]] = {
+            "integers": (nn.Embedding(5, d), lambda n: tokens(n, length, 5)),
+            "vectors": (nn.Linear(3, d), lambda n: randn(n, length, 3)),
+            "both": (EmbedDict(d), lambda n: {"tokens": tokens(n, length, 5), "features": randn(n, length, 3)}),
+        }
+        embed, examples = inputs[draw(st.sampled_from(sorted(inputs)))]
+        layers: list[nn.Module] = [embed]
+        if draw(st.booleans()):
+            layers.append(ClassToken(length, d))
+        positions = length + len(layers) - 1
+        for _ in range(draw(st.integers(1, 2))):
+            layer = token_layer(draw, positions, d)
+            layers += [layer] * draw(st.sampled_from([1, 1, 1, 2]))
+        pools = {"mean": MeanOverTokens(), "first": Call(lambda x: x[:, 0]), "last": Call(lambda x: x[:, -1])}
+        pool = draw(st.sampled_from([None, *sorted(pools)]))
+        x1, x2 = examples(n1), examples(n2)
+        return some_frozen(draw, with_head(*layers, *([pools[pool]] if pool else []), x=x1, c=c)), x1, x2
