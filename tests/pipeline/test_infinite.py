@@ -186,7 +186,7 @@ class Finite(nn.Module):
 
 @pytest.mark.parametrize(("activation", "depth"), [("relu", 1), ("relu", 2), ("erf", 2)])
 def test_the_empirical_ntk_approaches_the_limit_as_one_over_the_root_of_the_width(activation, depth):
-    x, widths, seeds = randn(4, 3), np.array([16, 32, 64, 128, 256, 512]), range(24)
+    x, widths, seeds = randn(4, 3), np.array([16, 32, 64, 128, 256]), range(150)
     exact = infinite_kernels(x, depth=depth, activation=activation, **DEEP[activation]).ntk.numpy()
     rms = []
     for width in widths:
@@ -194,11 +194,11 @@ def test_the_empirical_ntk_approaches_the_limit_as_one_over_the_root_of_the_widt
         kernels = np.stack([oracles.trace(oracles.ntk(model, x)) for model in models])
         rms.append(np.sqrt(((kernels - exact) ** 2).mean(0).sum() / (exact**2).sum()))
     exponent, _ = np.polyfit(np.log(widths), np.log(rms), 1)
-    # The logarithm of a root mean square over 24 seeds is known to about 0.15, which is 0.06 in this fit.
-    assert exponent == pytest.approx(-0.5, abs=0.15)
+    # The logarithm of a root mean square over 150 seeds is known to about 0.08, which is 0.04 in this fit.
+    assert exponent == pytest.approx(-0.5, abs=0.1)
     # The mean over seeds, of the widest: within five standard errors, where a bias of order 1 / width disappears.
     assert (np.abs(kernels.mean(0) - exact) < 5 * kernels.std(0) / math.sqrt(len(seeds))).all()
-    assert rms[-1] < 0.15
+    assert rms[-1] < 0.2
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
