@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.kernels import COLUMNS, ELEMENTWISE, KERNELS, NTK, empirical_ntk, layers_obstacle
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "neural_tangents.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "neural_tangents.npz"
 METHODS = ["layers", "samples"]
 
 
