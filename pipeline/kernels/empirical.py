@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import InputError
 from pipeline.kernels import gram
@@ -78,6 +79,10 @@ class NTK:
             raise InputError(f"outputs = {outputs!r}: must be 'trace' or 'full'")
         if method not in ("auto", "jacobian"):
             raise InputError(f"method = {method!r}: must be 'auto' or 'jacobian'")
+        shapes = [[leaf.shape[1:] for leaf in tree_leaves(x) if isinstance(leaf, Tensor)] for x in (x1, x2)]
+        if x2 is not None and shapes[0] != shapes[1]:
+            one, two = (", ".join(str(tuple(shape)) for shape in of) for of in shapes)
+            raise InputError(f"x1 and x2 have examples of shape {one} and {two}: must be the same")
         self._x1, self._x2, self._symmetric = x1, x1 if x2 is None else x2, x2 is None
         self._n1, self._n2 = example_count(self._x1), example_count(self._x2)
         self._full, self._layers, self._method, self._memory = outputs == "full", layers, method, memory

@@ -10,7 +10,7 @@ parameters, at a random distance: a head that starts at zero would hide every ot
 example has a gradient of its own are refused: those that mix their examples, and those that draw random numbers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +80,8 @@ class Structure:
     widest: int
 
 
-_known: "WeakKeyDictionary[nn.Module, dict[Any, Structure]]" = WeakKeyDictionary()
+# Per model and layout of its examples: what the structure depends on, and the structure.
+_known: "WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Structure]]]" = WeakKeyDictionary()
 
 
 def structure(model: nn.Module, x: Any) -> Structure:
@@ -95,42 +96,45 @@ def structure(model: nn.Module, x: Any) -> Structure:
             dtype other than float32 and float64, or of two.
     """
     leaves, layout = tree_flatten(x)
-    key = (
-        str(layout),
-        *((leaf.shape[1:], leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)),
-        *((tensor.dtype, tensor.requires_grad) for tensor in model.parameters()),
-        *(module.training for module in model.modules()),
+    examples = (str(layout), *((leaf.shape[1:], leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)))
+    depends = (
+        *((id(tensor), tensor.dtype, tensor.requires_grad) for tensor in model.parameters()),
+        *(
+            (type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in model.modules()
+        ),
     )
     known = _known.setdefault(model, {})
-    if key in known:
-        return known[key]
-    _refuse_by_type(model)
-    with _beside(trained(model).values()):
-        found = _inspect(model, some(x, slice(0, CHECKED)))
-    if found is not None:
-        known[key] = found
-        return found
-    found = _inspect(model, some(x, slice(0, CHECKED)))
-    # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
-    return found or unproven(model, x)
+    if examples not in known or known[examples][0] != depends:
+        _refuse_by_type(model)
+        few = some(x, slice(0, CHECKED))
+        with _left_as_it_was(model):
+            found = _inspect(model, few)
+        if found is None:
+            # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
+            return unproven(model, few)
+        known[examples] = depends, found
+    return known[examples][1]
 
 
 @contextmanager
-def _beside(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Move parameters at random, and back to the same bits.
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Move the trained parameters at random, and in the end give the model and the random numbers back as they were.
 
-    Through `.data`, which leaves their version as it is: the caller may hold a graph that is still to be used.
+    Through `.data`, which leaves a tensor's version as it is: the caller may hold a graph that is still to be used.
     """
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    devices = {tensor.device for tensor, _ in kept if tensor.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
-    try:
-        for tensor, value in kept:
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-            tensor.data.add_(noise * (0.1 * value.square().mean().sqrt() + 0.02))
-        yield
-    finally:
-        for tensor, value in kept:
-            tensor.data.copy_(value)
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for tensor in trained(model).values():
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+                tensor.data.add_(noise * (0.1 * tensor.detach().square().mean().sqrt() + 0.02))
+            yield
+        finally:
+            for tensor, value in kept:
+                tensor.data.copy_(value)
 
 
 def some(x: Any, rows: slice) -> Any:
