@@ -40,17 +40,10 @@ def layer_jacobians(model: torch.nn.Module, x: Any) -> dict[str, Array]:
     for i in range(n):
         output = model(mapped(lambda leaf, i=i: leaf[i : i + 1], x))[0]
         for value in output:
-            gradients = _gradients(value, list(trained.values()))
+            gradients = torch.autograd.grad(value, list(trained.values()), retain_graph=True, materialize_grads=True)
             for name, gradient in zip(trained, gradients, strict=True):
                 rows[name].append(gradient.reshape(-1).numpy())
     return {name: np.stack(row).reshape(n, len(output), -1) for name, row in rows.items()}
-
-
-def _gradients(value: torch.Tensor, trained: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Of one number, 0 where it depends on no parameter."""
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(tensor) for tensor in trained)
-    return torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
 
 
 def jacobian(model: torch.nn.Module, x: Any) -> Array:
