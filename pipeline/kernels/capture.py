@@ -53,9 +53,7 @@ def capture(model: Callable[[Any], Tensor], x: Any, names: dict[int, str], copie
     if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != n:
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
         raise InputError(f"the model's output for {n} examples has {got}: it must have shape (n, outputs)")
-    modified = {
-        number for number, tensors in watch.kept for tensor, version in tensors if tensor._version != version
-    }
+    modified = {number for number, tensors in watch.kept for tensor, version in tensors if tensor._version != version}
     return Captured(result, watch.uses, modified)
 
 
@@ -143,16 +141,14 @@ def output_gradients(captured: Captured) -> list[dict[int, Tensor]]:
     """
     outputs = list({id(use.output): use.output for uses in captured.uses.values() for use in uses or ()}.values())
     c = captured.result.shape[1]
+    if not outputs:
+        return [{} for _ in range(c)]
     found = []
-    for a in range(c):
-        gradients = (
-            torch.autograd.grad(
-                captured.result[:, a].sum(), outputs, retain_graph=a + 1 < c, materialize_grads=True
-            )
-            if outputs
-            else ()
-        )
-        found.append({id(output): gradient for output, gradient in zip(outputs, gradients, strict=True)})
+    with torch.enable_grad():
+        for a in range(c):
+            value = captured.result[:, a].sum()
+            gradients = torch.autograd.grad(value, outputs, retain_graph=a + 1 < c, materialize_grads=True)
+            found.append({id(output): gradient for output, gradient in zip(outputs, gradients, strict=True)})
     return found
 
 

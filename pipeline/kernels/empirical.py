@@ -24,6 +24,7 @@ from pipeline.errors import InputError
 from pipeline.kernels import gram
 from pipeline.kernels.capture import capture, example_count, output_gradients, trained
 from pipeline.kernels.generic import jacobians
+from pipeline.kernels.rules import Unstructured
 from pipeline.kernels.structure import Structure, channels_last, some, structure, unproven
 from pipeline.kernels.terms import Kept, Measured, Setting, Term, Where, terms_of
 
@@ -101,9 +102,17 @@ class NTK:
             InputError: if the model mixes its examples or draws random numbers, has nothing that is trained or not
                 the tensors that `weights` names, or two examples do not fit into the memory.
         """
-        known = structure(model, self._x1)
-        if self._method == "jacobian":
-            known = unproven(model, self._x1)
+        widest = self._x1 if self._n1 >= self._n2 else self._x2
+        known = structure(model, widest)
+        if self._method == "auto":
+            try:
+                return self._kernel(model, known)
+            except Unstructured:
+                pass  # the data choose what is called, and these choose otherwise
+        return self._kernel(model, unproven(model, widest))
+
+    def _kernel(self, model: nn.Module, known: Structure) -> Any:
+        """The kernel by way of a structure."""
         sample = next(iter(trained(model).values()))
         setting = Setting(known.c, self._full, _factors(self._weights, known))
         terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, *names, setting.factors))
@@ -122,13 +131,17 @@ class NTK:
                     kernels = parts
                     continue
                 for group, part in parts.items():
-                    whole = kernels.setdefault(group, self._buffer(f"whole {group}", sample, self._n1 * c, self._n2 * c))
+                    whole = kernels.setdefault(
+                        group, self._buffer(f"whole {group}", sample, self._n1 * c, self._n2 * c)
+                    )
                     whole[rows.start * c : rows.stop * c, columns.start * c : columns.stop * c] = part
         for kernel in kernels.values():
             if self._symmetric:
                 gram.mirror(kernel)
         if self._full:
-            kernels = {group: kernel.view(self._n1, c, self._n2, c).transpose(1, 2) for group, kernel in kernels.items()}
+            kernels = {
+                group: kernel.view(self._n1, c, self._n2, c).transpose(1, 2) for group, kernel in kernels.items()
+            }
         return kernels if self._layers else kernels[""]
 
     def _block(self, known: Structure, terms: list[Term], c: int, item: int) -> int:
@@ -164,13 +177,11 @@ class NTK:
         """What the terms keep of some examples."""
         n = rows.stop - rows.start
         kept = [
-            tuple(
-                self._buffer(f"{side} {term.names[0]} {i}", like, n, *shape) for i, shape in enumerate(term.shapes)
-            )
+            tuple(self._buffer(f"{side} {term.names[0]} {i}", like, n, *shape) for i, shape in enumerate(term.shapes))
             for term in terms
         ]
         parameters = trained(model)
-        names = {id(parameters[name]): name for name in known.captured}
+        names = {id(parameters[name]): name for name in known.calls}
         step = self._captured_at_once(known, n, like.element_size())
         with gram.blas_threads(1):
             for start in range(0, n, step):
@@ -179,6 +190,8 @@ class NTK:
                 if known.images:
                     examples = channels_last(examples)
                 captured = capture(model, examples, names, known.copied) if names else None
+                if captured:
+                    known.check(captured)
                 measured = Measured(
                     captured,
                     output_gradients(captured) if captured else [],

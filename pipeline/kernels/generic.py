@@ -65,9 +65,7 @@ def _one_by_one(model: nn.Module, x: Any, wanted: list[Tensor]) -> list[Tensor]:
         for i in range(example_count(x)):
             result = model(some(x, slice(i, i + 1)))[0]
             rows.append(
-                [
-                    torch.autograd.grad(value, wanted, retain_graph=True, materialize_grads=True) for value in result
-                ]
+                [torch.autograd.grad(value, wanted, retain_graph=True, materialize_grads=True) for value in result]
             )
     return [
         torch.stack([torch.stack([gradients[j] for gradients in outputs]) for outputs in rows])

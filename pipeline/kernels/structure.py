@@ -60,7 +60,7 @@ class Structure:
     Attributes:
         c: outputs.
         weights: by name, the tensors for which products of captured tensors are an alternative to their gradients.
-        captured: names of all tensors whose gradients follow from captured calls, in the order of the model.
+        calls: the kinds of calls that take each tensor whose gradients follow from them, by name.
         generic: names of the others.
         sizes: numbers in each tensor, by name.
         copied: calls that have to copy what the model changes in place afterwards.
@@ -71,13 +71,18 @@ class Structure:
 
     c: int
     weights: dict[str, Weight]
-    captured: tuple[str, ...]
+    calls: dict[str, tuple[type[Use], ...]]
     generic: tuple[str, ...]
     sizes: dict[str, int]
     copied: frozenset[int]
     images: bool
     held: int
     widest: int
+
+    def check(self, captured: Captured) -> None:
+        """Raise Unstructured if the calls are others than those that were proven, as where the data choose layers."""
+        if any(_kinds(captured.uses[name]) != kinds for name, kinds in self.calls.items()):
+            raise Unstructured
 
 
 # Per model and layout of its examples: what the structure depends on, and the structure.
@@ -105,9 +110,11 @@ def structure(model: nn.Module, x: Any) -> Structure:
         ),
     )
     known = _known.setdefault(model, {})
-    if examples not in known or known[examples][0] != depends:
+    # One example cannot show which axis the examples are on, so the structure is looked for again when there are more.
+    few = some(x, slice(0, CHECKED))
+    depends = (*depends, example_count(few))
+    if examples not in known or known[examples][0][:-1] != depends[:-1] or known[examples][0][-1] < depends[-1]:
         _refuse_by_type(model)
-        few = some(x, slice(0, CHECKED))
         with _left_as_it_was(model):
             found = _inspect(model, few)
         if found is None:
@@ -152,6 +159,10 @@ def channels_last(x: Any) -> Any:
     return tree_map(converted, x)
 
 
+def _kinds(uses: list[Use] | None) -> tuple[type[Use], ...]:
+    return tuple(type(use) for use in uses or ())
+
+
 def _all(captured: Captured) -> Iterator[Use]:
     for uses in captured.uses.values():
         yield from uses or ()
@@ -183,7 +194,7 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
     return Structure(
         c=captured.result.shape[1],
         weights=_weights(captured, uses, x),
-        captured=tuple(uses),
+        calls={name: _kinds(found) for name, found in uses.items()},
         generic=tuple(name for name in tensors if name not in uses and name not in absent),
         sizes={name: tensor.numel() for name, tensor in tensors.items()},
         copied=frozenset(copied),
@@ -198,7 +209,7 @@ def unproven(model: nn.Module, x: Any) -> Structure:
     with torch.no_grad():
         c = model(some(x, slice(0, 1))).shape[1]
     sizes = {name: tensor.numel() for name, tensor in trained(model).items()}
-    return Structure(c, {}, (), tuple(sizes), sizes, frozenset(), False, 0, 0)
+    return Structure(c, {}, {}, tuple(sizes), sizes, frozenset(), False, 0, 0)
 
 
 def _captured(model: nn.Module, x: Any, tensors: dict[str, Tensor]) -> tuple[Captured, set[int]]:
@@ -242,9 +253,7 @@ def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) ->
     return right, absent
 
 
-def _weighted_sum(
-    uses: list[Use], by_output: list[dict[int, Tensor]], weight: Tensor, p: int
-) -> tuple[Tensor, float]:
+def _weighted_sum(uses: list[Use], by_output: list[dict[int, Tensor]], weight: Tensor, p: int) -> tuple[Tensor, float]:
     """Σ_ia w_ia J_ia of one tensor (p_l,), and the sum of the moduli of its terms."""
     total, size = weight.new_zeros(p), 0.0
     for column, gradients in zip(weight.T, by_output, strict=True):
