@@ -34,6 +34,7 @@ Method = Literal["auto", "jacobian"]
 MEMORY = 2**30
 # Of the widest output captured at once: larger buffers are fresh pages of the system every time.
 CAPTURE_BYTES = 2**22
+GENERIC_BYTES = 2**26  # of the gradients that the generic path gives at once
 # Gram matrices of examples that are kept: those of a few datasets, for all their steps and learning rates.
 GRAMS = 4
 
@@ -95,8 +96,8 @@ class NTK:
         """The kernel of `model` as it is now; the model, its gradients and modes are left as they were.
 
         Returns:
-            In memory of this object, which the next call overwrites; in the model's dtype, (n1, n2) for the trace, (n1, n2, c, c) for all pairs of outputs; with `layers` a dict
-            of such kernels by name of tensor.
+            In the model's dtype, in memory that the next call overwrites: (n1, n2) for the trace, (n1, n2, c, c) for
+            all pairs of outputs; with `layers` a dict of such kernels by name of tensor.
 
         Raises:
             InputError: if the model mixes its examples or draws random numbers, has nothing that is trained or not
@@ -115,7 +116,7 @@ class NTK:
         """The kernel by way of a structure."""
         sample = next(iter(trained(model).values()))
         setting = Setting(known.c, self._full, _factors(self._weights, known))
-        terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, *names, setting.factors))
+        terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, names, setting.factors))
         c = known.c if self._full else 1
         size = self._block(known, terms, c, sample.element_size())
         kernels: dict[str, Tensor] = {}
@@ -153,7 +154,8 @@ class NTK:
         most = max(self._n1, self._n2)
         each = sum(math.prod(shape) for term in terms for shape in term.shapes) * item
         fixed = 2 * min(gram.TILE, most) * most * c * item
-        fixed += self._captured_at_once(known, most, item) * (2 + known.c) * known.held * item
+        generic = known.c * sum(known.sizes[name] for name in known.generic)
+        fixed += self._captured_at_once(known, most, item) * ((2 + known.c) * known.held + generic) * item
         if (self._n1 if self._symmetric else self._n1 + self._n2) * each + fixed <= self._memory:
             return most
         size = (self._memory - fixed) // (2 * each)
@@ -166,10 +168,12 @@ class NTK:
 
     def _captured_at_once(self, known: Structure, n: int, item: int) -> int:
         """How many of n examples go through the model together."""
-        if not known.held:
-            return n
-        most = min(CAPTURE_BYTES // (known.widest * item), self._memory // (4 * (2 + known.c) * known.held * item))
-        return max(1, min(n, most))
+        limits = (
+            (CAPTURE_BYTES, known.widest),
+            (self._memory // 4, (2 + known.c) * known.held),
+            (GENERIC_BYTES, known.c * sum(known.sizes[name] for name in known.generic)),
+        )
+        return max(1, min(n, *(bytes_ // (numbers * item) for bytes_, numbers in limits if numbers)))
 
     def _kept(
         self, model: nn.Module, known: Structure, terms: list[Term], like: Tensor, x: Any, rows: slice, side: str
@@ -224,7 +228,7 @@ class NTK:
             buffer = self._buffers[name] = like.detach().new_empty(numbers)
         return buffer[:numbers].view(shape)
 
-    def _inputs(self, like: Tensor, weight: str, bias: str | None, factors: Mapping[str, float]) -> Tensor | None:
+    def _inputs(self, like: Tensor, names: tuple[str, str | None], factors: Mapping[str, float]) -> Tensor | None:
         """w² x x'ᵀ + w_b² of the examples, kept for all steps and for other kernels on the same examples.
 
         None if it takes more than half of the memory.
@@ -236,6 +240,7 @@ class NTK:
             self._digest = "".join(
                 hashlib.blake2b(x.numpy(force=True).tobytes(), digest_size=16).hexdigest() for x in (x1, x2)
             )
+        weight, bias = names
         scale, shift = factors.get(weight, 1.0), 0.0 if bias is None else factors.get(bias, 1.0)
         key = (self._digest, x1.shape, x2.shape, x1.dtype, x1.device, scale, shift)
         if key not in _grams:

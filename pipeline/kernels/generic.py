@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pipeline.kernels.capture import example_count
+from pipeline.kernels.capture import example_count, trained
 from pipeline.kernels.structure import some
 
-CHUNK_BYTES = 64 * 2**20
-MOST_EXAMPLES = 64
+EXAMPLES = 64  # batched at once
 
 
 def jacobians(model: nn.Module, x: Any, names: tuple[str, ...], c: int) -> dict[str, Tensor]:
@@ -27,18 +26,19 @@ def jacobians(model: nn.Module, x: Any, names: tuple[str, ...], c: int) -> dict[
         names: of the trained tensors asked for.
         c: outputs.
     """
-    wanted = [dict(model.named_parameters())[name] for name in names]
+    tensors = trained(model)
+    wanted = [tensors[name] for name in names]
     try:
         with warnings.catch_warnings():
             # Some functions have no batching rule and are looped over; nobody who reads this could change that.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            found = _batched(model, x, wanted, c)
+            found = _batched(model, x, wanted)
     except (RuntimeError, ValueError):  # what torch.func says of a model that it cannot batch
         found = _one_by_one(model, x, wanted)
     return {name: tensor.reshape(len(tensor), c, -1) for name, tensor in zip(names, found, strict=True)}
 
 
-def _batched(model: nn.Module, x: Any, wanted: list[Tensor], c: int) -> list[Tensor]:
+def _batched(model: nn.Module, x: Any, wanted: list[Tensor]) -> list[Tensor]:
     # Every place that holds one of the tensors: functional_call does not put back what it replaces twice.
     index = {id(tensor): position for position, tensor in enumerate(wanted)}
     places = {
@@ -53,9 +53,7 @@ def _batched(model: nn.Module, x: Any, wanted: list[Tensor], c: int) -> list[Ten
         batch = tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, example)
         return torch.func.functional_call(model, replaced, (batch,), tie_weights=False)[0]
 
-    numbers = c * sum(tensor.numel() for tensor in wanted) * wanted[0].element_size()
-    chunk = max(1, min(MOST_EXAMPLES, CHUNK_BYTES // numbers))
-    per_example = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0), chunk_size=chunk)
+    per_example = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0), chunk_size=EXAMPLES)
     return list(per_example([tensor.detach() for tensor in wanted], x))
 
 

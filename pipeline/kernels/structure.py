@@ -85,8 +85,8 @@ class Structure:
             raise Unstructured
 
 
-# Per model and layout of its examples: what the structure depends on, and the structure.
-_known: "WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Structure]]]" = WeakKeyDictionary()
+# Per model and layout of its examples: what the structure depends on, how many examples have proven it, and it.
+_known: "WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, int, Structure]]]" = WeakKeyDictionary()
 
 
 def structure(model: nn.Module, x: Any) -> Structure:
@@ -103,25 +103,26 @@ def structure(model: nn.Module, x: Any) -> Structure:
     leaves, layout = tree_flatten(x)
     examples = (str(layout), *((leaf.shape[1:], leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)))
     depends = (
-        *((id(tensor), tensor.dtype, tensor.requires_grad) for tensor in model.parameters()),
-        *(
+        [(id(tensor), tensor.dtype, tensor.requires_grad) for tensor in model.parameters()],
+        [
             (type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
             for module in model.modules()
-        ),
+        ],
     )
-    known = _known.setdefault(model, {})
-    # One example cannot show which axis the examples are on, so the structure is looked for again when there are more.
     few = some(x, slice(0, CHECKED))
-    depends = (*depends, example_count(few))
-    if examples not in known or known[examples][0][:-1] != depends[:-1] or known[examples][0][-1] < depends[-1]:
-        _refuse_by_type(model)
-        with _left_as_it_was(model):
-            found = _inspect(model, few)
-        if found is None:
-            # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
-            return unproven(model, few)
-        known[examples] = depends, found
-    return known[examples][1]
+    known = _known.setdefault(model, {})
+    before, proven, kept = known.get(examples, (None, 0, None))
+    # One example cannot show which axis the examples are on, so the structure is looked for again when there are more.
+    if kept is not None and before == depends and proven >= example_count(few):
+        return kept
+    _refuse_by_type(model)
+    with _left_as_it_was(model):
+        found = _inspect(model, few)
+    if found is None:
+        # A model that has diverged proves nothing: whatever gives its kernel gives one that is not finite.
+        return unproven(model, few)
+    known[examples] = depends, example_count(few), found
+    return found
 
 
 @contextmanager
@@ -173,8 +174,8 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
     tensors = trained(model)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= TOLERANCE.keys():
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise InputError(f"trained parameters of dtype {found}: must be all float32 or all float64")
+        wrong = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise InputError(f"trained parameters of dtype {wrong}: must be all float32 or all float64")
     captured, copied = _captured(model, x, tensors)
     images = any(use.output.ndim == 4 for use in _all(captured) if isinstance(use, Convolution))
     if images:
@@ -187,9 +188,9 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
         return None
     _refuse_by_behaviour(model, x, captured.result.detach(), tolerance)
     right, absent = _proven(captured, tensors, tolerance)
-    uses = {name: found for name in right if (found := captured.uses[name])}
-    outputs = {id(use.output): use.output.numel() for found in uses.values() for use in found}
-    saved = {use.saved.data_ptr(): use.saved.numel() for f in uses.values() for use in f if use.saved is not None}
+    uses = {name: of for name in right if (of := captured.uses[name])}
+    outputs = {id(use.output): use.output.numel() for of in uses.values() for use in of}
+    saved = {use.saved.data_ptr(): use.saved.numel() for of in uses.values() for use in of if use.saved is not None}
     n = example_count(x)
     return Structure(
         c=captured.result.shape[1],
@@ -232,7 +233,7 @@ def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) ->
     )
     by_output = output_gradients(captured)
     sums: dict[str, tuple[float, float]] = {}  # distance from autograd's gradient, sum of the moduli of the terms
-    absent = []
+    absent: list[str] = []
     for (name, tensor), gradient in zip(tensors.items(), expected, strict=True):
         if gradient is None:
             absent.append(name)

@@ -105,7 +105,7 @@ class Head(Term):
         _write_inputs(kept[0][:, None], a, self.names, self._setting.factors)
 
     def add(self, kernel: Tensor, one: Kept, two: Kept, where: Where) -> None:
-        """c A Aᵀ, or A Aᵀ for each output and none between two."""
+        """The sum c A Aᵀ, or A Aᵀ for each output and none between two."""
         c = self._setting.c
         if self._setting.full:
             gram.add_diagonal(kernel, one[0], two[0], c)
@@ -213,7 +213,9 @@ class Gradients(Term):
 def _weight_use(name: str, measured: Measured) -> tuple[Outer | Convolution, list[Tensor]]:
     """The one call that takes a weight, and the gradients with respect to its output."""
     assert measured.captured is not None
-    (use,) = measured.captured.uses[name] or ()
+    uses = measured.captured.uses[name]
+    assert uses is not None
+    (use,) = uses
     assert isinstance(use, Outer | Convolution)
     return use, [gradients[id(use.output)] for gradients in measured.gradients]
 

@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.kernels import KERNELS, NTK, empirical_ntk
 from pipeline.kernels.structure import structure
-from pipeline.kernels.terms import COLUMNS
+from pipeline.kernels.terms import COLUMNS, Gradients, Head, Pairs, Product, Setting, terms_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "neural_tangents.npz"
 METHODS = ["auto", "jacobian"]
@@ -195,12 +195,36 @@ def test_every_architecture_equals_dense_jacobians(name):
 
 # The cases for which a rule is lost would go by the generic path, right and slow: these have one for every tensor.
 STRUCTURED = [
-    "mlp", "mlp on images", "activation ReLU in place", "Conv1d stride 2 padding 1", "Conv2d stride (2, 1) padding (1, 2)",
-    "Conv2d same dilation 2", "Conv2d circular", "Conv3d", "Embedding", "LayerNorm on tokens", "GroupNorm", "InstanceNorm2d",
-    "BatchNorm2d in eval mode", "RMSNorm", "Linear on tokens", "two Linear on many tokens", "ViT", "ViT of linear patches",
-    "residual in place", "residual stream in place", "scale and shift", "matrix", "functional use", "tied weights",
-    "module called three times", "frozen layers", "unused parameters", "examples and tokens merged", "dict input",
-]  # fmt: skip
+    "mlp",
+    "mlp on images",
+    "activation ReLU in place",
+    "Conv1d stride 2 padding 1",
+    "Conv2d stride (2, 1) padding (1, 2)",
+    "Conv2d same dilation 2",
+    "Conv2d circular",
+    "Conv3d",
+    "Embedding",
+    "LayerNorm on tokens",
+    "GroupNorm",
+    "InstanceNorm2d",
+    "BatchNorm2d in eval mode",
+    "RMSNorm",
+    "Linear on tokens",
+    "two Linear on many tokens",
+    "ViT",
+    "ViT of linear patches",
+    "residual in place",
+    "residual stream in place",
+    "scale and shift",
+    "matrix",
+    "functional use",
+    "tied weights",
+    "module called three times",
+    "frozen layers",
+    "unused parameters",
+    "examples and tokens merged",
+    "dict input",
+]
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
@@ -223,23 +247,35 @@ def test_random_architectures_equal_dense_jacobians(strategy, outputs):
     check()
 
 
-WIDE = {  # sizes at which each form of a part is the cheapest, for one output and for several
-    "product": lambda c: (nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, c)), (7, 9)),
-    "pairs": lambda c: (
-        nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24), nn.Flatten(), nn.Linear(48, c)), (5, 2, 24)
+# Sizes at which each form of a part is the cheapest, for one output and for several: the form, layers, an example.
+WIDE = {
+    "product": (
+        Product,
+        lambda c: [nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, c)],
+        (9,),
     ),
-    "pairs of patches": lambda c: (
-        nn.Sequential(nn.Conv2d(8, 32, 3, stride=3), nn.Tanh(), nn.Flatten(), nn.Linear(64, c)), (5, 8, 6, 3)
+    "pairs": (
+        Pairs,
+        lambda c: [nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24), nn.Flatten(), nn.Linear(48, c)],
+        (2, 24),
     ),
-}  # fmt: skip
+    "pairs of patches": (
+        Pairs,
+        lambda c: [nn.Conv2d(8, 32, 3, stride=3), nn.Tanh(), nn.Flatten(), nn.Linear(64, c)],
+        (8, 6, 3),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("outputs", OUTPUTS)
 def test_each_form_of_a_part(name, c, outputs):
-    model, shape = WIDE[name](c)
-    model, x, x2 = model.double(), randn(*shape), randn(*shape, seed=1)[:3]
+    form, layers, shape = WIDE[name]
+    model, x, x2 = nn.Sequential(*layers(c)).double(), randn(5, *shape), randn(3, *shape, seed=1)
+    setting = Setting(c, outputs == "full", {})
+    forms = {type(term) for term in terms_of(structure(model, x), setting, False, lambda *names: None)}
+    assert forms == ({form, Gradients} if c == 1 else {form, Head})
     same, cross = reduced(oracles.ntk(model, x), outputs), reduced(oracles.ntk(model, x, x2), outputs)
     memory = least_memory(model, x, outputs=outputs)
     close(empirical_ntk(model, x, outputs=outputs), same)
