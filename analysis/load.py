@@ -28,6 +28,9 @@ from pipeline.store import Run, list_runs, read_run
 # One task reads several rows: enough that a graph stays small, little enough that a few blocks fit in memory.
 BLOCK_BYTES = 16 * 2**20
 
+# Runs of one dataset may be of several models: what has these dimensions is left out where they differ.
+OF_A_MODEL = {"parameter_index", "layer"}
+
 RUN = {"units": "1", "long_name": "run", "description": "Name of the run."}
 STATUS = {
     "units": "1", "long_name": "status",
@@ -40,7 +43,7 @@ def open_run(path: str | os.PathLike[str], group: str = "snapshots") -> xr.Datas
 
     Args:
         path: folder of the run, `<root>/runs/<run_id>.zarr`.
-        group: snapshots, spectra, scalars or train.
+        group: snapshots, spectra, scalars, train or hessian.
 
     Returns:
         As `open_sweep`.
@@ -57,14 +60,14 @@ def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: st
 
     Args:
         root: folder of the store.
-        group: snapshots, spectra, scalars or train.
+        group: snapshots, spectra, scalars, train or hessian.
         where: SQL condition on the columns of the catalogue's table `runs`, such as "learning_rate > 0.1 and status =
             'complete'"; all runs by default.
 
     Returns:
         Rows along `snapshot`, a MultiIndex of the grid's axes and `step`; the variables of the group and
         `target` (snapshot, sample, output), lazy; `run`, `status` and `loss` of each row as coordinates in memory
-        (`loss` is data in the group train). `parameter` is left out where the runs differ in p.
+        (`loss` is data in the group train). `parameter` and `ntk_layer` are left out where the models differ.
 
     Raises:
         MissingError: if no run is left, or none has a committed row in `group`.
@@ -168,14 +171,14 @@ def _variables(runs: Sequence[Run], group: str) -> dict[str, tuple[Any, ...]]:
     row_bytes = max(math.prod(node["shape"][1:]) * np.dtype(node["data_type"]).itemsize for node in nodes.values())
     rows = max(1, BLOCK_BYTES // row_bytes)
     variables: dict[str, tuple[Any, ...]] = {}
-    same_p = len({run_sizes(run, group).get("p") for run in runs}) == 1
-    for variable in schema.GROUPS[group].values():
-        if variable.name in nodes and (same_p or "parameter_index" not in variable.dims):
+    for variable in schema.variables_of(group, nodes).values():
+        if not OF_A_MODEL & set(variable.dims) or _same(runs, f"{group}/{variable.name}"):
             node = nodes[variable.name]
+            kind = np.result_type(node["data_type"], np.float32)  # integers have no NaN
             parts = [
                 _stored(run, f"{group}/{variable.name}", rows)
                 if variable.name in run.arrays(group)
-                else da.full((run.lengths[group], *node["shape"][1:]), np.nan, chunks=(rows, *node["shape"][1:]))
+                else da.full((run.lengths[group], *node["shape"][1:]), np.nan, kind, chunks=(rows, *node["shape"][1:]))
                 for run in runs
             ]
             dims = ("snapshot", *variable.dims[1:])
@@ -188,6 +191,13 @@ def _variables(runs: Sequence[Run], group: str) -> dict[str, tuple[Any, ...]]:
     for _, _, attributes in variables.values():
         attributes.pop("coordinates", None)
     return variables
+
+
+def _same(runs: Iterable[Run], name: str) -> bool:
+    """Whether an array has one row shape, and one list of names on it, in all runs that have it."""
+    group, _, variable = name.partition("/")
+    nodes = [run.node(name) for run in runs if variable in run.arrays(group)]
+    return len({(*node["shape"][1:], *node["attributes"].get("names", ())) for node in nodes}) == 1
 
 
 def _repeated(run: Run, length: int, rows: int) -> da.Array:
@@ -203,7 +213,7 @@ def _check_sizes(runs: Sequence[Run], group: str) -> None:
     for run in runs:
         for letter, size in run_sizes(run, group).items():
             if letter == "p":
-                continue
+                continue  # see OF_A_MODEL
             other, expected = seen.setdefault(letter, (run.run_id, size))
             if size != expected:
                 raise InputError(

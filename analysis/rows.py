@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.schema import GROUPS, PROBE, ROW
+from pipeline.schema import GROUPS, PROBE, ROW, variables_of
 
 ROW_DIMS = ("snapshot", "step")
 
@@ -98,7 +98,7 @@ def require(ds: xr.Dataset, measure: str, *names: str) -> None:
         if name in ds.variables:
             continue
         has = f"{measure} needs `{name}`; this dataset has {', '.join(map(str, ds.data_vars)) or 'no variables'}."
-        groups = [group for group, variables in GROUPS.items() if name in variables]
+        groups = [group for group in GROUPS if variables_of(group, [name])]
         if name in PROBE:
             hint = f"It lies in the group probe; analysis.open_sweep and open_run add it, or ds.assign({name}=...)"
         elif name in ROW:

@@ -91,6 +91,7 @@ TABLES: dict[str, Layout] = {
             Column("n_snapshots", "BIGINT", "1", "Committed rows of the group snapshots."),
             Column("n_spectra", "BIGINT", "1", "Committed rows of the group spectra."),
             Column("n_scalars", "BIGINT", "1", "Committed rows of the group scalars."),
+            Column("n_hessian", "BIGINT", "1", "Committed rows of the group hessian."),
             Column("n_train", "BIGINT", "1", "Committed rows of the group train."),
             Column("final_loss", "DOUBLE", "1", "Training loss at the last committed step."),
             Column("commits", "BIGINT", "1", "Commits so far."),

@@ -39,6 +39,8 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetPydanticSchema,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
@@ -136,6 +138,10 @@ class Mlp(Table):
         sizes = [inputs, *[self.width] * self.depth, outputs]
         return sum((a + 1) * b for a, b in itertools.pairwise(sizes))
 
+    def tensors(self) -> int | None:
+        """l, the trained tensors: a weight and a bias per layer."""
+        return 2 * (self.depth + 1)
+
 
 class Imported(Table):
     """A user's own model: `callable(input_shape=..., outputs=..., **options)` of a module."""
@@ -145,6 +151,10 @@ class Imported(Table):
     options: dict[str, Any] = {}
 
     def parameters(self, inputs: int, outputs: int) -> int | None:
+        """Unknown without importing the model."""
+        return None
+
+    def tensors(self) -> int | None:
         """Unknown without importing the model."""
         return None
 
@@ -198,19 +208,106 @@ def _cadence_schema(_source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
 CadenceKey = Annotated[Cadence, GetPydanticSchema(_cadence_schema)]
 
 
+class Ntk(Table):
+    """The neural tangent kernel."""
+
+    name: Literal["ntk"] = "ntk"
+
+
+class Conjugate(Table):
+    """The Gram matrix of the features that the last linear map takes."""
+
+    name: Literal["conjugate"] = "conjugate"
+
+
+class Weighted(Table):
+    """The NTK with a weight for each tensor: K = Σ_l w_l² J_l J_lᵀ, w_l = 1 where none is given."""
+
+    name: Literal["weighted"] = "weighted"
+    weights: Annotated[dict[str, float], Field(min_length=1)]
+
+
+class Infinite(Table):
+    """A kernel of an infinitely wide fully connected network, the same at every step."""
+
+    name: Literal["nngp", "infinite_ntk"]
+    depth: Annotated[int, Field(ge=1, le=1000)]
+    activation: Literal["relu", "erf"] = "relu"
+    weight_std: Annotated[float, Field(ge=0)] = 1.0
+    bias_std: Annotated[float, Field(ge=0)] = 0.0
+
+
+KERNELS: dict[str, type[Table]] = {
+    "ntk": Ntk,
+    "conjugate": Conjugate,
+    "weighted": Weighted,
+    "nngp": Infinite,
+    "infinite_ntk": Infinite,
+}
+
+
+def _kernel(value: Any) -> Any:
+    """The table of a kernel that is given by its name or by a table, its options checked."""
+    if isinstance(value, Table):
+        return value
+    table = {"name": value} if isinstance(value, str) else value
+    if not isinstance(table, dict):
+        raise PydanticCustomError("kernel", "must be the name of a kernel, or a table of its name and options")
+    name = table.get("name")
+    if not isinstance(name, str) or name not in KERNELS:
+        hint = _nearest(name, list(KERNELS))
+        raise PydanticCustomError("kernel", "{message}", {"message": f"must be one of {', '.join(KERNELS)}{hint}"})
+    allowed = _keys(KERNELS[name])
+    for key in table.keys() - set(allowed):
+        message = f"{name} has no option {_show(key)}{_nearest(key, allowed)} (allowed: {', '.join(allowed)})"
+        raise PydanticCustomError("kernel", "{message}", {"message": message})
+    return KERNELS[name].model_validate(table)
+
+
+def _with_the_ntk(kernels: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The kernels in one order, the NTK first; None if there is no other."""
+    names = [kernel.name for kernel in kernels]
+    if "ntk" not in names:
+        raise PydanticCustomError("kernels", 'must have "ntk" among them; the others are recorded beside it')
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("kernels", "has the same kernel twice; its variables are called by its name")
+    return tuple(sorted(kernels, key=lambda kernel: (kernel.name != "ntk", kernel.name))) if len(names) > 1 else None
+
+
+KernelKey = Annotated[Ntk | Conjugate | Weighted | Infinite, BeforeValidator(_kernel)]
+Asked = Annotated[bool, AfterValidator(lambda asked: asked or None)]
+
+
 class Record(Table):
     """What is recorded, and at which steps."""
 
     eigenpairs: Count = 20
+    kernels: Annotated[tuple[KernelKey, ...], BeforeValidator(_listed), AfterValidator(_with_the_ntk)] | None = None
+    layers: Asked | None = None
+    ntk_full: Asked | None = None
     loss_levels: Annotated[tuple[Positive, ...], BeforeValidator(_listed), AfterValidator(_descending)] = ()
     snapshots: CadenceKey = Cadence(log=8)
     spectra: CadenceKey = Cadence(every=10)
     scalars: CadenceKey = Cadence(every=1)
+    hessian: CadenceKey | None = None
+    hessian_eigenpairs: Count | None = None
+
+    @field_validator("hessian_eigenpairs")
+    @classmethod
+    def _of_a_hessian(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("hessian") is None and count is not None:
+            raise PydanticCustomError("hessian", "needs record.hessian, the steps at which the Hessian is measured")
+        return None if count == 1 else count
 
     @property
     def cadences(self) -> dict[str, Cadence]:
         """The cadence of each group that has one."""
-        return {"scalars": self.scalars, "snapshots": self.snapshots, "spectra": self.spectra}
+        cadences = {"scalars": self.scalars, "snapshots": self.snapshots, "spectra": self.spectra}
+        return cadences if self.hessian is None else {"hessian": self.hessian, **cadences}
+
+    def kernel_tables(self) -> list[dict[str, Any]]:
+        """Name and options of each kernel, the NTK first."""
+        return [kernel.model_dump(exclude_none=True) for kernel in self.kernels or (Ntk(),)]
 
 
 class Compute(Table):
@@ -549,17 +646,19 @@ _RULES = {
     "dict_type": "must be a table",
     "tuple_type": "must be a list",
     "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
     "float_type": "must be a number",
     "string_type": "must be text in quotes",
     "string_unicode": "must be UTF-8 text",
     "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
     "finite_number": "must be a finite number",
     "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be one of {expected}",
 }
-_SCALAR = {"int_type", "float_type", "string_type", "literal_error"}
+_SCALAR = {"bool_type", "int_type", "float_type", "string_type", "literal_error"}
 _PATTERNS = {
     "device": "must be cpu, cuda, mps or a numbered one such as cuda:0",
     "paper": "must be a name of letters, digits and underscores",
@@ -654,7 +753,10 @@ class _Reader:
         if problems:
             raise _failure(problems)
         identity = run.identity()
-        return run.model_copy(update={"axes": {key: _at(identity, key.split(".")) for key in axes}})
+        # A value that says what no value says is no part of the identity.
+        own = {key: functools.reduce(lambda table, part: table.get(part, {}), key.split("."), identity) for key in axes}
+        places = {key: _at(point, key.split(".")) if value == {} else value for key, value in own.items()}
+        return run.model_copy(update={"axes": places})
 
     def where(self, key: str, axes: Iterable[str] = ()) -> str:
         """Where a key was given its value: an override, an axis or the file."""

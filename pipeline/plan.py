@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline import schema
 from pipeline.cadence import row_capacity
-from pipeline.config import File, RunConfig, Study, needs_import
+from pipeline.config import File, Record, RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
 from pipeline.data import load_data
 from pipeline.errors import InputError
@@ -30,7 +30,8 @@ class Planned:
         rows: the most rows of each group.
         samples: n.
         outputs: c.
-        parameters: p, or None where only the imported model knows it; `nbytes` is then without parameters.
+        parameters: p, or None where only the imported model knows it; `nbytes` is then without parameters and without
+            the parts of the kernel by tensor.
         nbytes: of all arrays, uncompressed.
         state: new, resume (unfinished), continue (finished, and the study asks for more), running or done.
         steps_left: updates until `stop.steps`.
@@ -82,15 +83,15 @@ def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:
 
     Raises:
         MissingError: if a data file does not exist.
-        InputError: if a data file cannot be used, or `data.n` or `record.eigenpairs` is more than it holds.
+        InputError: if a data file cannot be used, `data.n` or `record.eigenpairs` is more than it holds, or something
+            is to be recorded that data or model do not have.
     """
     shape = functools.cache(lambda data: data.shape())
     planned = []
     for run in runs:
         samples, features, outputs = shape(run.data)
-        if run.record.eigenpairs > samples:
-            raise InputError(f"record.eigenpairs = {run.record.eigenpairs}: must be at most n = {samples}")
         parameters = run.model.parameters(math.prod(features), outputs)
+        _check_record(run.record, samples, outputs, parameters)
         rows = row_capacity(run.record.cadences, len(run.record.loss_levels), run.stop.steps)
         nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
         state, last_step = _state(run, root)
@@ -124,6 +125,18 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
     per_step = _seconds_per_step(largest.config)
     steps = sum(run.steps_left for run in left)
     return Plan(runs, None if per_step is None else steps * per_step / min(workers, len(left)))
+
+
+def _check_record(record: Record, samples: int, outputs: int, parameters: int | None) -> None:
+    """Refuse to record what the data or the model do not have."""
+    if record.eigenpairs > samples:
+        raise InputError(f"record.eigenpairs = {record.eigenpairs}: must be at most n = {samples}")
+    if record.ntk_full and outputs == 1:
+        raise InputError("record.ntk_full = true: the data have one output, whose kernel is ntk itself; leave it out")
+    if parameters is not None and (record.hessian_eigenpairs or 1) > parameters:
+        raise InputError(
+            f"record.hessian_eigenpairs = {record.hessian_eigenpairs}: must be at most p = {parameters} parameters"
+        )
 
 
 def _state(config: RunConfig, root: str) -> tuple[str, int]:
@@ -174,15 +187,19 @@ def _seconds_per_step(config: RunConfig) -> float | None:
 def _nbytes(
     run: RunConfig, rows: dict[str, int], samples: int, features: tuple[int, ...], outputs: int, parameters: int
 ) -> int:
+    record, tensors = run.record, run.model.tensors()
     sizes = {
-        "step": 1, "sample": samples, "sample2": samples, "output": outputs, "eig": run.record.eigenpairs,
-        "parameter_index": parameters, "byte": 16,
+        "step": 1, "sample": samples, "sample2": samples, "output": outputs, "output2": outputs, "byte": 16,
+        "eig": record.eigenpairs, "hessian_eig": record.hessian_eigenpairs or 1, "parameter_index": parameters,
+        "layer": tensors or 0,
     }  # fmt: skip
 
     def size(variable: schema.Variable) -> int:
         itemsize = np.dtype(run.compute.dtype if variable.dtype == "model" else variable.dtype).itemsize
         return itemsize * math.prod(sizes[dim] for dim in variable.dims)
 
-    growing = sum(count * sum(map(size, schema.row_variables(group))) for group, count in rows.items())
+    others = [kernel["name"] for kernel in record.kernel_tables()[1:]]
+    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full)) | {"train": list(schema.TRAIN)}
+    growing = sum(count * sum(map(size, schema.row_variables(group, names[group]))) for group, count in rows.items())
     probe = {name: size(variable) for name, variable in schema.PROBE.items()}
     return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)

@@ -36,14 +36,17 @@ from torch import Tensor, nn
 from pipeline import schema, zarr3
 from pipeline.cadence import Cadence, row_capacity
 from pipeline.errors import InputError
-from pipeline.kernels import NTK
+from pipeline.losses import Loss
+from pipeline.measure import KernelChoice, Measure, named, trained_names
 from pipeline.provenance import environment_changes, provenance
-from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, top_eigenvalue
+from pipeline.spectra import NonFiniteKernel
 from pipeline.store import FINAL, NonFiniteRow, Writer, blake
 
 HEARTBEAT_SECONDS = 1.0
 MEMORY_BUDGET = 256 * 2**20
 DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
+GROUPS = (*DEFAULT_CADENCES, "hessian")
+TOLD = tuple(name for name, variable in schema.TRAIN.items() if not variable.volatile)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class _Checkpoint:
 class Recorder:
     """Measures a model on a probe at the steps of its cadences and commits the rows to one run of a store.
 
+    What a row holds is `pipeline.measure.Measure`'s; this class decides when there is one, and keeps it.
+
     Args:
         root: folder of the store; created if absent.
         model: the network; any `nn.Module` that treats examples independently.
@@ -94,10 +99,15 @@ class Recorder:
         seed: seed of the run.
         steps: updates planned; the row at this step closes the run.
         run_id: name of the run; made from learning rate, seed and a hash of `identity` by default.
-        cadences: steps at which each of `snapshots`, `spectra` and `scalars` gets a row, beside the first step, the
-            last one and the loss levels.
+        cadences: steps at which each of `snapshots`, `spectra`, `scalars` and `hessian` gets a row, beside the first
+            step, the last one and the loss levels; a group that is left out is not recorded.
         loss_levels: every group gets a row at the first step with loss <= level.
         eigenpairs: k, leading eigenpairs kept.
+        kernels: kernels to record, "ntk" among them: names, or tables of a name and options, as in a study file.
+        layers: record the part of the NTK of each trained tensor, `ntk_layer`.
+        ntk_full: record the NTK of all pairs of outputs, `ntk_full`.
+        criterion: the loss as a function (prediction, target) -> scalar; needed for a cadence of `hessian`.
+        hessian_eigenpairs: leading eigenvalues of the Hessian kept.
         train: what `record` is told at every step, of `loss`, `accuracy` and `grad_norm`.
         state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
             were at the last commit is in `restored_state` after `with`.
@@ -106,7 +116,8 @@ class Recorder:
         commit_seconds: rows wait in memory for at most about this long.
 
     Raises:
-        InputError: for a cadence of an unknown group, too many eigenpairs, or a run that holds other data.
+        InputError: for a cadence of an unknown group, too many eigenpairs, something to record that does not fit the
+            model, or a run that holds other data.
         RunLocked: on entering, if another process writes the run.
     """
 
@@ -124,30 +135,45 @@ class Recorder:
         cadences: Mapping[str, Cadence] = DEFAULT_CADENCES,
         loss_levels: Sequence[float] = (),
         eigenpairs: int = 20,
+        kernels: Sequence[KernelChoice] = ("ntk",),
+        layers: bool = False,
+        ntk_full: bool = False,
+        criterion: Loss | None = None,
+        hessian_eigenpairs: int = 1,
         train: Sequence[str] = ("loss",),
         state: Callable[[], Mapping[str, Tensor]] | None = None,
         attrs: Mapping[str, Any] | None = None,
         threads: int | None = None,
         commit_seconds: float = 5.0,
     ) -> None:
-        if strange := set(train) - set(schema.TRAIN):
-            raise InputError(f"train = {min(strange)!r}: the group train has {', '.join(schema.TRAIN)}")
-        unknown = set(cadences) - set(DEFAULT_CADENCES)
-        if unknown:
-            raise InputError(f"cadence of {min(unknown)!r}: groups are {', '.join(DEFAULT_CADENCES)}")
+        if strange := set(train) - set(TOLD):
+            raise InputError(f"train = {min(strange)!r}: the group train has {', '.join(TOLD)}")
+        if unknown := set(cadences) - set(GROUPS):
+            raise InputError(f"cadence of {min(unknown)!r}: groups are {', '.join(GROUPS)}")
+        if "hessian" in cadences and criterion is None:
+            raise InputError(
+                "cadence of 'hessian': needs the loss; give criterion=, a function (prediction, target) -> loss"
+            )
         if not 1 <= eigenpairs <= len(probe.input):
             raise InputError(f"eigenpairs = {eigenpairs}: must be from 1 to n = {len(probe.input)}")
+        if hessian_eigenpairs < 1:
+            raise InputError(f"hessian_eigenpairs = {hessian_eigenpairs}: must be at least 1")
         self.model, self.probe, self.root, self.steps = model, probe, root, steps
+        chosen = _chosen(kernels)
         recorded = {"eigenpairs": eigenpairs, "loss_levels": list(loss_levels)} | {
             group: {name: value for name, value in vars(cadence).items() if value is not None}
             for group, cadence in cadences.items()
         }
+        # What is not asked for is left out, so that it changes the name of no run.
+        recorded |= {"kernels": chosen} if len(chosen) > 1 else {}
+        recorded |= {name: True for name, asked in {"layers": layers, "ntk_full": ntk_full}.items() if asked}
+        recorded |= {"hessian_eigenpairs": hessian_eigenpairs} if hessian_eigenpairs != 1 else {}
         self.identity = {"record": recorded, **identity, "learning_rate": learning_rate, "seed": seed}
         self.run_id = run_id or f"lr-{learning_rate!r}_seed-{seed}_{blake(zarr3.to_json(self.identity)).hex()[:8]}"
         self.restored_state: dict[str, Tensor] = {}
         self._row = {"learning_rate": learning_rate, "seed": seed}
-        self._cadences, self._levels, self._k = dict(cadences), tuple(loss_levels), eigenpairs
-        self._train = ("loss", *(name for name in train if name not in ("loss", "wall_time")), "wall_time")
+        self._cadences, self._levels = dict(cadences), tuple(loss_levels)
+        self._told = {name for name in train if name != "loss"}
         self._state = state or dict
         self._attrs = dict(attrs or {})
         self._threads = threads or torch.get_num_threads()
@@ -157,8 +183,16 @@ class Recorder:
         if probe.target.ndim != 2 or len(probe.target) != len(probe.input):
             shapes = f"{tuple(probe.input.shape)} and {tuple(probe.target.shape)}"
             raise InputError(f"probe of shapes {shapes}: must be (n, ...) and (n, c) with one n")
-        self._n, self._c = probe.target.shape
-        self._ntk = NTK(probe.input, outputs="trace" if self._c == 1 else "full")
+        self._measure = Measure(
+            probe.input,
+            probe.target,
+            eigenpairs,
+            kernels=chosen,
+            layers=layers,
+            full=ntk_full,
+            criterion=criterion,
+            hessian_eigenpairs=hessian_eigenpairs,
+        )
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -172,9 +206,10 @@ class Recorder:
             device=str(self.probe.input.device),
             dataset_digest=hashlib.blake2b(b"".join(a.tobytes() for a in arrays.values()), digest_size=16).hexdigest(),
         )
-        p = sum(tensor.numel() for tensor in parameters.values())
+        trained = trained_names(self.model)
         names = {"names": list(parameters), "shapes": [list(tensor.shape) for tensor in parameters.values()]}
-        groups = {group: list(schema.GROUPS[group]) for group in self._cadences} | {"train": list(self._train)}
+        not_told = set(TOLD) - {"loss"} - self._told
+        groups = {group: self._measure.variables[group] for group in self._cadences}
         self._writer = Writer.open(
             self.root,
             self.run_id,
@@ -188,15 +223,20 @@ class Recorder:
                 "provenance": now,
                 "environment_changes": [],
             },
-            dims={"sample": self._n, "sample2": self._n, "output": self._c, "eig": self._k, "parameter_index": p},
-            groups=groups,
+            dims=self._measure.dims
+            | {
+                "parameter_index": sum(tensor.numel() for tensor in parameters.values()),
+                "layer": len(trained),
+            },
+            groups=groups | {"train": [name for name in schema.TRAIN if name not in not_told]},
             capacity=row_capacity(self._cadences, len(self._levels), self.steps),
             probe=arrays,
             dtype=dtype,
-            attributes={"snapshots/parameter": names},
+            attributes={"snapshots/parameter": names, "snapshots/ntk_layer": {"names": trained}},
         )
         self._started = self._committed = self._beat = time.monotonic()
-        self._checkpoint = _Checkpoint()
+        self._checkpoint, self._spent = _Checkpoint(), 0.0
+        self._measure.restore({})
         try:
             self._restore(now)
         except BaseException:
@@ -267,14 +307,13 @@ class Recorder:
         writer = self._open_writer()
         if self.finished:
             return False
-        expected = set(self._train) - {"loss", "wall_time"}
-        if set(train) != expected:
-            given, wanted = ", ".join(sorted(train)) or "none", ", ".join(sorted(expected)) or "none"
+        if set(train) != self._told:
+            given, wanted = ", ".join(sorted(train)) or "none", ", ".join(sorted(self._told)) or "none"
             raise InputError(f"values beside the loss at step {step}: got {given}, declared by train= were {wanted}")
         last = last or step >= self.steps
         if writer.last_step is None or step > writer.last_step:
             try:
-                writer.append(step, self._measure(step, loss, last, train))
+                writer.append(step, self._rows(step, loss, last, train))
             except (NonFiniteKernel, NonFiniteRow) as error:
                 self._commit(step)
                 writer.finish("diverged", str(error))
@@ -298,7 +337,7 @@ class Recorder:
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
-    def _measure(self, step: int, loss: float, last: bool, train: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    def _rows(self, step: int, loss: float, last: bool, train: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """Rows of all groups that are due at `step`."""
         row = {**self._row, "step": step, "loss": loss}
         if not math.isfinite(loss):
@@ -306,37 +345,11 @@ class Recorder:
         crossed = any(loss <= level < self._checkpoint.lowest_loss for level in self._levels)
         always = step == 0 or last or crossed
         due = {group for group, cadence in self._cadences.items() if always or cadence.due(step)}
-        rows = {"train": {**row, **train, "wall_time": time.monotonic() - self._started}}
-        return rows | {group: {**row, **values} for group, values in self._kernel_rows(due).items()}
-
-    def _kernel_rows(self, due: set[str]) -> dict[str, dict[str, Any]]:
-        """The variables of the groups `due`, from one kernel."""
-        if not due:
-            return {}
-        x, n = self.probe.input, self._n
-        measured = self._ntk(self.model).numpy(force=True)
-        kernel = measured if self._c == 1 else np.einsum("abcc->ab", measured)
-        values: dict[str, Any] = {}
-        if due & {"spectra", "snapshots"}:
-            pairs = eigenpairs(kernel, self._k)
-            values["eigenvalue"], values["eigenvector"] = pairs.values, pairs.vectors
-            with torch.no_grad():
-                values["prediction"] = self.model(x).numpy(force=True)
-        if due & {"scalars", "snapshots"}:
-            target = self.probe.target.numpy(force=True).astype(np.float64)
-            full = kernel if self._c == 1 else as_matrix(measured)
-            top = values["eigenvalue"][0] if self._c == 1 and "eigenvalue" in values else top_eigenvalue(full)
-            values["ntk_sharpness"] = top / n
-            # Sums over a kernel that is about to diverge may overflow: the row is then refused as not finite.
-            with np.errstate(over="ignore", invalid="ignore"):
-                values["frobenius_norm"] = np.linalg.norm(kernel)
-                values["trace"] = np.trace(kernel)
-                values["target_energy"] = np.einsum("nc,nc->", target, kernel @ target)
-        if "snapshots" in due:
-            values["ntk"] = kernel
-            flat = [tensor.detach().reshape(-1) for tensor in self.model.parameters()]
-            values["parameter"] = torch.cat(flat).numpy(force=True)
-        return {group: {name: values[name] for name in schema.GROUPS[group]} for group in due}
+        rows = self._measure.rows(self.model, due)
+        costs = {f"seconds_{part}": seconds for part, seconds in self._measure.seconds.items()}
+        costs["seconds_commit"], self._spent = self._spent, 0.0
+        rows["train"] = {**train, **costs, "wall_time": time.monotonic() - self._started}
+        return {group: {**row, **values} for group, values in rows.items()}
 
     # --- committing and resuming ------------------------------------------------------------------------------------
 
@@ -346,12 +359,15 @@ class Recorder:
         return self._writer
 
     def _commit(self, step: int, **facts: float) -> None:
+        started = time.monotonic()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
+        tensors |= {f"measure.{name}": tensor for name, tensor in self._measure.state().items()}
         self._checkpoint.tensors = {name: _plain(tensor) for name, tensor in tensors.items()}
         self._checkpoint.step = step
         self._open_writer().commit(self._checkpoint.to_bytes(), **facts)
         self._committed = self._beat = time.monotonic()
+        self._spent += self._committed - started
 
     def _restore(self, now: dict[str, Any]) -> None:
         """Put model and state back to the last commit, and say so if the environment is another one."""
@@ -361,9 +377,9 @@ class Recorder:
             return
         tensors = load_tensors(data)
         metadata = _metadata(data)
-        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(model)
-        self.restored_state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+        self.model.load_state_dict(_below("model.", tensors))
+        self.restored_state = _below("state.", tensors)
+        self._measure.restore(_below("measure.", tensors))
         self._checkpoint.step = int(metadata["step"])
         self._checkpoint.lowest_loss = float.fromhex(metadata["lowest_loss"])
         if self.finished:
@@ -376,6 +392,21 @@ class Recorder:
                 stacklevel=3,
             )
             writer.note(environment_changes=list(dict.fromkeys([*writer.attrs["environment_changes"], *changes])))
+
+
+def _chosen(kernels: Sequence[KernelChoice]) -> list[dict[str, Any]]:
+    """The kernels to record as tables, the NTK first."""
+    tables = [named(kernel) for kernel in kernels]
+    names = [table["name"] for table in tables]
+    if "ntk" not in names:
+        raise InputError(f"kernels = {names}: must have 'ntk' among them; the others are recorded beside it")
+    if len(set(names)) < len(names):
+        raise InputError(f"kernels = {names}: each at most once, as its variables are called by its name")
+    return sorted(tables, key=lambda table: table["name"] != "ntk")
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -2,12 +2,18 @@
 
 Letters of the dimensions, the same in code, docstrings and stores:
 
-    n  probe examples        `sample`, `sample2`        k  eigenpairs              `eig`
-    c  outputs               `output`                   s  rows     `step` in a run, `snapshot` in a sweep
-    p  parameters            `parameter_index`
+    n  probe examples   `sample`, `sample2`      k  eigenpairs         `eig`; of the Hessian `hessian_eig`
+    c  outputs          `output`, `output2`      s  rows               `step` in a run, `snapshot` in a sweep
+    p  parameters       `parameter_index`        l  trained tensors    `layer`
+    m  training examples beside another probe    `train_sample`
 
 Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent
-kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L = (1/2n) ‖f - y‖² the loss.
+kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L = (1/2n) ‖f - y‖² the loss and H its
+Hessian ∂²L/∂θ².
+
+`GROUPS` is what every run has, but for the group `hessian`. A study may ask for more, which `variables_of` describes:
+the parts of the kernel by tensor, all its pairs of outputs, and other kernels, whose variables are those of the NTK
+with the kernel's name in front.
 """
 
 from collections.abc import Iterable
@@ -86,6 +92,15 @@ SPECTRA = _by_name([
         "v_i of K, unit length, its component of largest modulus positive.", rows_per_chunk=None,
     ),
     Variable(
+        "eigenvalue_residual", ("step", "eig"), "float64", "1", "residual of an NTK eigenpair",
+        "‖K v_i - λ_i v_i‖ as the eigensolver left it: some eigenvalue lies within this of λ_i.",
+        rows_per_chunk=EIGENVALUE_ROWS,
+    ),
+    Variable(
+        "solver_iterations", ("step",), "int64", "1", "iterations of the eigensolver",
+        "Products of K with a block of vectors; 0 where LAPACK found the pairs.",
+    ),
+    Variable(
         "prediction", ("step", "sample", "output"), "model", "1", "network output", "f(θ) on the probe.",
         rows_per_chunk=None,
     ),
@@ -103,6 +118,40 @@ KERNELS = _by_name([
     ),
 ])  # fmt: skip
 
+# What a run has only if its study asks for it.
+ON_REQUEST = _by_name([
+    Variable(
+        "ntk_layer", ("step", "layer", "sample", "sample2"), "float32", "1", "part of the NTK by tensor",
+        "J_l J_lᵀ on the probe, summed over outputs, of each trained tensor θ_l; their sum is `ntk`. The names of the "
+        "tensors are in the attribute `names`.",
+        rows_per_chunk=None,
+    ),
+    Variable(
+        "ntk_full", ("step", "sample", "output", "sample2", "output2"), "float32", "1", "NTK of all outputs",
+        "K_ab on the probe for each pair of outputs; the sum over a = b is `ntk`.", rows_per_chunk=None,
+    ),
+    Variable(
+        "ntk_cross", ("step", "sample", "train_sample"), "float32", "1", "NTK of the probe and the training examples",
+        "J J_trainᵀ, summed over outputs; only where the probe is not the training set.", rows_per_chunk=None,
+    ),
+])  # fmt: skip
+
+HESSIAN = _by_name([
+    Variable(
+        "hessian_eigenvalue", ("step", "hessian_eig"), "float64", "1", "Hessian eigenvalue",
+        "The largest eigenvalues of H, descending; the first is the sharpness, whose line of gradient descent is 2/η.",
+        rows_per_chunk=EIGENVALUE_ROWS,
+    ),
+    Variable(
+        "hessian_residual", ("step", "hessian_eig"), "float64", "1", "residual of a Hessian eigenpair",
+        "‖H u_i - λ_i u_i‖ as the eigensolver left it.", rows_per_chunk=EIGENVALUE_ROWS,
+    ),
+    Variable(
+        "hessian_products", ("step",), "int64", "1", "products with the Hessian",
+        "How often the eigensolver applied H.",
+    ),
+])  # fmt: skip
+
 TRAIN = _by_name([
     Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step."),
     Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right."),
@@ -110,6 +159,18 @@ TRAIN = _by_name([
     Variable(
         "wall_time", ("step",), "float64", "s", "wall time", "Seconds of this process since it took up the run.",
         volatile=True,
+    ),
+    *(
+        Variable(f"seconds_{part}", ("step",), "float64", "s", f"time for {what}", f"Seconds for {what}; 0 for none.",
+                 volatile=True)
+        for part, what in {
+            "kernel": "the NTK of this step",
+            "eigenpairs": "eigenpairs and top eigenvalue of the NTK of this step",
+            "scalars": "norms, energies and network outputs of this step",
+            "other_kernels": "all that was measured of other kernels at this step",
+            "hessian": "the eigenvalues of the Hessian at this step",
+            "commit": "the commit between the row before this one and this one",
+        }.items()
     ),
 ])  # fmt: skip
 
@@ -120,13 +181,70 @@ PROBE = _by_name([
 ])  # fmt: skip
 
 # The growing groups and their variables, in the order in which a row's digest takes them. `snapshots` holds every
-# variable of `spectra` and `scalars` too, so that one group answers most questions.
+# variable of `spectra` and `scalars` too, so that one group answers most questions. `hessian` is there on request.
 GROUPS: dict[str, dict[str, Variable]] = {
+    "hessian": HESSIAN,
     "scalars": SCALARS,
     "snapshots": KERNELS | SPECTRA | SCALARS,
     "spectra": SPECTRA,
     "train": TRAIN,
 }
+
+# What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
+OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
+
+
+def kernel_variable(kernel: str, name: str) -> Variable:
+    """The variable `name` of `OF_A_KERNEL`, of another kernel than the NTK."""
+    variable = GROUPS["snapshots"][name]
+    return replace(
+        variable,
+        name=f"{kernel}_{name}",
+        long_name=f"{variable.long_name.replace('NTK', 'kernel')} ({kernel})",
+        description=f"As `{name}`, of the kernel {kernel} in the place of the NTK.",
+    )
+
+
+def kernel_of(name: str) -> str | None:
+    """The kernel that a variable describes, if it is another one than the NTK."""
+    # The longest ending first: `x_ntk_sharpness` is the sharpness of x.
+    endings = sorted(OF_A_KERNEL, key=len, reverse=True)
+    return next((name.removesuffix(f"_{base}") for base in endings if name.endswith(f"_{base}")), None)
+
+
+def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Variable]:
+    """The own variables of a group in schema order.
+
+    Args:
+        group: one of `GROUPS`.
+        names: restrict them to these, among which may be variables on request and those of other kernels; by default
+            all that every run has.
+    """
+    if names is None:
+        return GROUPS[group]
+    wanted = set(names)
+    own = GROUPS[group] | (ON_REQUEST if group == "snapshots" else {})
+    found = {name: variable for name, variable in own.items() if name in wanted}
+    for kernel in sorted({kernel for name in wanted - own.keys() if (kernel := kernel_of(name))}):
+        others = (kernel_variable(kernel, base) for base in OF_A_KERNEL if base in GROUPS[group])
+        found |= {variable.name: variable for variable in others if variable.name in wanted}
+    return found
+
+
+def recorded(kernels: Iterable[str] = (), layers: bool = False, full: bool = False) -> dict[str, list[str]]:
+    """The variables of each group whose rows come from kernels, for a study that asks for more than `GROUPS`.
+
+    Args:
+        kernels: names of the kernels beside the NTK.
+        layers: the parts of the NTK by tensor.
+        full: the NTK of all pairs of outputs.
+    """
+    more = {"ntk_layer": layers, "ntk_full": full}
+    names = {group: list(GROUPS[group]) for group in ("hessian", "scalars", "snapshots", "spectra")}
+    names["snapshots"] += [name for name, asked in more.items() if asked]
+    for group in ("scalars", "snapshots", "spectra"):
+        names[group] += [f"{kernel}_{base}" for kernel in kernels for base in OF_A_KERNEL if base in GROUPS[group]]
+    return names
 
 
 def row_variables(group: str, names: Iterable[str] | None = None) -> list[Variable]:
@@ -134,11 +252,9 @@ def row_variables(group: str, names: Iterable[str] | None = None) -> list[Variab
 
     Args:
         group: one of `GROUPS`.
-        names: restrict the group's own variables to these (a loop that measures no accuracy has none).
+        names: as `variables_of` takes them.
     """
-    wanted = GROUPS[group].keys() if names is None else set(names)
-    own = {name: variable for name, variable in GROUPS[group].items() if name in wanted}
-    row = [*(ROW | own).values(), DIGEST]
+    row = [*(ROW | variables_of(group, names)).values(), DIGEST]
     return [replace(variable, rows_per_chunk=TRAIN_ROWS) for variable in row] if group == "train" else row
 
 

@@ -68,6 +68,11 @@ def train(
             cadences=run.record.cadences,
             loss_levels=run.record.loss_levels,
             eigenpairs=run.record.eigenpairs,
+            kernels=run.record.kernel_tables(),
+            layers=bool(run.record.layers),
+            ntk_full=bool(run.record.ntk_full),
+            criterion=criterion,
+            hessian_eigenpairs=run.record.hessian_eigenpairs or 1,
             train=("loss", "accuracy", "grad_norm") if data.labels else ("loss", "grad_norm"),
             state=lambda: state,
             attrs={

@@ -18,7 +18,12 @@ from pipeline import schema
 from pipeline.cadence import Cadence
 from pipeline.store import Writer
 
-CADENCES = {"snapshots": Cadence(log=4), "spectra": Cadence(every=5), "scalars": Cadence(every=1)}
+CADENCES = {
+    "hessian": Cadence(every=10),
+    "snapshots": Cadence(log=4),
+    "spectra": Cadence(every=5),
+    "scalars": Cadence(every=1),
+}
 FEATURES, WIDTH = 3, 8
 
 
@@ -126,7 +131,7 @@ def mock_run(
             },
             **(attrs or {}),
         },
-        dims={"sample": n, "sample2": n, "output": c, "eig": k, "parameter_index": w.size + a.size},
+        dims={"sample": n, "sample2": n, "output": c, "eig": k, "hessian_eig": 1, "parameter_index": w.size + a.size},
         groups={group: list(variables) for group, variables in schema.GROUPS.items()},
         capacity={group: steps + 1 for group in schema.GROUPS},
         probe={"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)},
@@ -166,6 +171,8 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
         "parameter": np.concatenate([w.ravel(), a.ravel()]),
         "eigenvalue": values[::-1][:k],
         "eigenvector": vectors * np.sign(vectors[largest, np.arange(k)]),
+        "eigenvalue_residual": np.linalg.norm(kernel @ vectors - vectors * values[::-1][:k], axis=0),
+        "solver_iterations": 0,
         "prediction": f,
         "ntk_sharpness": np.linalg.eigvalsh(full.reshape(n * c, n * c))[-1] / n,
         "frobenius_norm": np.linalg.norm(kernel),
@@ -175,7 +182,11 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
         "grad_norm": np.linalg.norm(np.concatenate([part.ravel() for part in descend(x, y, w, a, 1.0)])
                                     - np.concatenate([w.ravel(), a.ravel()])),
         "wall_time": 0.01 * row["step"],
+        **{name: 0.001 for name in schema.GROUPS["train"] if name.startswith("seconds_")},
+        "hessian_residual": np.zeros(1),
+        "hessian_products": 4,
     }  # fmt: skip
+    measured["hessian_eigenvalue"] = measured["ntk_sharpness"][None]  # of the Gauss-Newton matrix
     row["loss"] = np.sum((f - y) ** 2) / (2 * n)
     return {group: {**{name: measured[name] for name in schema.GROUPS[group] if name in measured}, **row}
             for group in due | {"train"}}  # fmt: skip

@@ -23,6 +23,7 @@ LAYERS = {
         "config verify",
         "data models losses",
         "kernels operators spectra optim",
+        "measure",
         "record",
         "train",
         "plan sweep",
@@ -45,7 +46,16 @@ LAYERS = {
     ],
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
-PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim"}  # know no store and no study file
+PURE = {
+    "data",
+    "models",
+    "losses",
+    "kernels",
+    "operators",
+    "spectra",
+    "optim",
+    "measure",
+}  # know no store and no study file
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli"}

@@ -17,8 +17,8 @@ from pipeline.store import Run, Writer, find_run
 
 RUN = "lr-0.1_seed-0"
 N, C, K, P = 6, 2, 3, 7
-DIMS = {"sample": N, "sample2": N, "output": C, "eig": K, "parameter_index": P}
-CADENCES = {"train": 1, "scalars": 2, "spectra": 3, "snapshots": 5}
+DIMS = {"sample": N, "sample2": N, "output": C, "eig": K, "hessian_eig": 2, "parameter_index": P}
+CADENCES = {"hessian": 7, "train": 1, "scalars": 2, "spectra": 3, "snapshots": 5}
 
 
 def probe(seed: int = 0) -> dict[str, np.ndarray]:
@@ -43,17 +43,23 @@ def row(group: str, step: int) -> dict[str, Any]:
         "accuracy": 0.5,
         "grad_norm": float(rng.normal()),
         "wall_time": float(step),
+        **{name: float(step) for name in GROUPS["train"] if name.startswith("seconds_")},
         "ntk": kernel,
         "parameter": rng.normal(size=P),
         "eigenvalue": np.linalg.eigvalsh(kernel @ kernel.T)[:K],
         "eigenvector": rng.normal(size=(N, K)),
+        "eigenvalue_residual": np.abs(rng.normal(size=K)),
+        "solver_iterations": step + 1,
         "prediction": rng.normal(size=(N, C)),
+        "hessian_eigenvalue": rng.normal(size=2),
+        "hessian_residual": np.abs(rng.normal(size=2)),
+        "hessian_products": step + 2,
         "ntk_sharpness": float(rng.normal()),
         "frobenius_norm": float(rng.normal()),
         "trace": float(np.trace(kernel)),
         "target_energy": float(rng.normal()),
     }
-    return {name: values[name] for name in ("step", "learning_rate", "seed", "loss", *GROUPS[group])}
+    return {name: values[name] for name in ("step", "learning_rate", "seed", "loss", *GROUPS.get(group, ()))}
 
 
 def rows(step: int, groups: tuple[str, ...] = tuple(GROUPS)) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import list_runs, read_run, run_path
 
 N, C, K, STEPS = 7, 2, 3, 12
-ROWS = {"snapshots": 7, "spectra": 4, "scalars": 13, "train": 13}
+ROWS = {"hessian": 3, "snapshots": 7, "spectra": 4, "scalars": 13, "train": 13}
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,9 @@ def test_runs_without_rows_are_left_out(tmp_path):
 
 
 def test_an_unknown_group_is_refused(root):
-    with pytest.raises(InputError, match=r"group = 'probe': must be one of scalars, snapshots, spectra, train"):
+    with pytest.raises(
+        InputError, match=r"group = 'probe': must be one of hessian, scalars, snapshots, spectra, train"
+    ):
         open_sweep(root, "probe")
 
 

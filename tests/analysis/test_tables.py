@@ -78,8 +78,10 @@ def test_a_run_in_the_table(tmp_path):
         "stop_reason": "steps", "learning_rate": 0.5, "seed": 3, "study": "mock", "title": "A mock study",
         "family": "family-lr-0.5_seed-3_model.width-6", "process": "discrete", "dataset": "mock", "model": "mlp",
         "loss_function": "mse", "update_rule": "gd", "n": 5, "c": 2, "p": 30, "k": 4, "steps": 6, "n_snapshots": 5,
-        "n_spectra": 3, "n_scalars": 7, "n_train": 7, "final_loss": run.read("train/loss")[-1], "commits": 1,
-        "head": run.head, "created_at": datetime(2026, 1, 2, 3, 4, 5), "git_commit": "0" * 40, "git_dirty": False,
+        "n_spectra": 3, "n_scalars": 7, "n_hessian": 2,
+        "n_train": 7, "final_loss": run.read("train/loss")[-1],
+        "commits": 1, "head": run.head,
+        "created_at": datetime(2026, 1, 2, 3, 4, 5), "git_commit": "0" * 40, "git_dirty": False,
         "device": "cpu", "threads": 1, "torch_version": "2.13.0", "host": "nowhere",
     }  # fmt: skip
 
@@ -93,7 +95,9 @@ def test_what_is_not_known_is_missing(tmp_path):
     run.attrs["identity"] = {"model": "my net"}
     row = tables.frame_of("runs", [tables.run_row(run)]).iloc[0]
     known = {name for name in row.index if not pd.isna(row[name])}
-    expected = "run_id path status axes model n c p k n_snapshots n_spectra n_scalars n_train commits head config"
+    expected = (
+        "run_id path status axes model n c p k n_snapshots n_spectra n_scalars n_hessian n_train commits head config"
+    )
     assert known == set(expected.split())
     assert row["model"] == "my net"
     assert row["status"] == "stale"

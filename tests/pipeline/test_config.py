@@ -13,6 +13,7 @@ from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
 from pipeline.cadence import Cadence
 from pipeline.config import (
+    KERNELS,
     KINDS,
     MAX_BYTES,
     TABLES,
@@ -381,8 +382,26 @@ def toml(value):
 
 KEYS = sorted({key for group in [Heading, RunConfig, CadenceTable, *TABLES.values()] for key in group.model_fields}
               | {key for kinds in KINDS.values() for kind in kinds.values() for key in kind.model_fields}
-              | {"grid", "import", "model.width", "data.n", "record.spectra.every"})  # fmt: skip
-WORDS = ["digits", "file", "mlp", "mse", "gd", "import", "x.npz", "a:b", "tanh", "parity", "float64", "cuda:0", ""]
+              | {key for kernel in KERNELS.values() for key in kernel.model_fields}
+              | {"grid", "import", "model.width", "record.kernels", "data.n", "record.spectra.every"})  # fmt: skip
+WORDS = [
+    "ntk",
+    "nngp",
+    "weighted",
+    "digits",
+    "file",
+    "mlp",
+    "mse",
+    "gd",
+    "import",
+    "x.npz",
+    "a:b",
+    "tanh",
+    "parity",
+    "float64",
+    "cuda:0",
+    "",
+]
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 leaves = st.sampled_from([*WORDS, 0, 1, 2, 20, -1, 0.1, 0.5, True, 2**62, float("nan"), float("inf")]) | text
 keys = st.sampled_from(KEYS) | text
@@ -425,6 +444,60 @@ def test_any_bytes_are_a_study_or_one_line(study, junk, at):
     a_study_or_one_line(lambda: study(content[:at] + junk + content[at:]))
 
 
+# --- what is recorded on request -------------------------------------------------------------------------------------
+
+
+def test_what_is_not_asked_for_is_no_part_of_the_identity(study):
+    plain = one(study)
+    assert set(plain.identity()["record"]) == {"eigenpairs", "loss_levels", "snapshots", "spectra", "scalars"}
+    spelled = ['record.kernels=["ntk"]', "record.layers=false", "record.ntk_full=false"]
+    assert one(study, *spelled).run_id == plain.run_id
+    hessian = one(study, "record.hessian={every=3}")
+    assert hessian.run_id != plain.run_id
+    assert one(study, "record.hessian={every=3}", "record.hessian_eigenpairs=1").run_id == hessian.run_id
+    assert hessian.record.cadences == {"hessian": Cadence(every=3), **plain.record.cadences}
+
+
+def test_kernels_are_named_or_tables_in_any_order(study):
+    one_way = one(study, 'record.kernels=["ntk", {name="nngp", depth=2}, "conjugate"]')
+    other = one(study, 'record.kernels=["conjugate", {name="ntk"}, {depth=2, name="nngp", activation="relu"}]')
+    assert one_way.run_id == other.run_id
+    nngp = {"name": "nngp", "depth": 2, "activation": "relu", "weight_std": 1.0, "bias_std": 0.0}
+    assert one_way.record.kernel_tables() == [{"name": "ntk"}, {"name": "conjugate"}, nngp]
+    assert one(study).record.kernel_tables() == [{"name": "ntk"}]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('record.kernels=["conjugate"]', 'record.kernels = ["conjugate"]: must have "ntk" among them'),
+        ('record.kernels=["ntk","ntk"]', "has the same kernel twice"),
+        ('record.kernels=["ntk","conjugat"]', 'record.kernels[1] = "conjugat": must be one of ntk, conjugate, '),
+        ('record.kernels=["ntk","conjugat"]', 'did you mean "conjugate"?'),
+        ("record.kernels=[3]", "record.kernels[0] = 3: must be the name of a kernel, or a table"),
+        ('record.kernels="ntk"', 'record.kernels = "ntk": must be a list'),
+        ('record.kernels=["ntk",{name="nngp",dept=2}]', 'nngp has no option "dept"; did you mean "depth"?'),
+        ('record.kernels=["ntk",{name="nngp"}]', "record.kernels[1].depth: missing"),
+        ('record.kernels=["ntk",{name="nngp",depth=0}]', "record.kernels[1].depth = 0: must be at least 1"),
+        ('record.kernels=["ntk",{name="weighted",weights={}}]', "record.kernels[1].weights = {}: must not be empty"),
+        ('record.kernels=["ntk",{name="weighted",weights={a="x"}}]', 'weights.a = "x": must be a number'),
+        ("record.layers=1", "record.layers = 1: must be true or false"),
+        ("record.hessian={evry=1}", 'record.hessian.evry = 1: unknown key; did you mean "every"?'),
+        ("record.hessian_eigenpairs=2", "record.hessian_eigenpairs = 2: needs record.hessian, the steps"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_line(study, override, said):
+    text = message(lambda: one(study, override))
+    assert said in text
+    assert_one_plain_line(text)
+
+
+def test_what_is_recorded_may_be_an_axis(study):
+    runs = study(MINIMAL, "learning_rate=0.1", "seed=0", "grid.record.layers=[true,false]").runs()
+    assert [run.axes["record.layers"] for run in runs] == [True, False]
+    assert runs[1].identity() == one(study).identity()
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -434,11 +507,12 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
     tables = [("", Heading), ("", RunConfig), ("", CadenceTable)]
     tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
     tables += [(f"{name}.", table) for name, table in TABLES.items()]
+    tables += [("", kind) for kind in dict.fromkeys(KERNELS.values())]
     expected = 1  # grid
     for prefix, table in tables:
         for name, info in table.model_fields.items():
             key = prefix + (info.alias or name)
-            if key in {*KINDS, *TABLES, "axes"}:
+            if key in {*KINDS, *TABLES, "axes", "name"}:
                 continue
             expected += 1
             values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()

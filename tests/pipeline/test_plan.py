@@ -31,13 +31,47 @@ def test_bytes_are_those_of_every_array(study, tmp_path, dtype, size):
     assert planned.rows == {"scalars": 21, "snapshots": 5 + 2, "spectra": 11 + 2, "train": 21}
     row = 4 * 8 + 16  # step, learning_rate, seed, loss, and the digest
     scalars = 4 * 8
-    spectra = 8 * k + 4 * n * k + size * n * c
+    spectra = 2 * 8 * k + 8 + 4 * n * k + size * n * c
     kernels = 4 * n * n + size * p
     expected = (
-        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 3 * 8)
+        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 9 * 8)
     )
     expected += 8 * n + size * (n * 6 + n * c)
     assert planned.nbytes == expected
+
+
+def test_what_is_recorded_on_request_is_counted(study, tmp_path):
+    path = save(tmp_path / "xy.npz", x=np.zeros((9, 3)), y=np.zeros((9, 2)))
+    plain = [f"data.file={path}", "model.width=5", "model.depth=1", "record.eigenpairs=4", "stop.steps=20"]
+    n, c, k, tensors = 9, 2, 4, 4
+    asked = {
+        "record.layers=true": ("snapshots", 4 * tensors * n * n),
+        "record.ntk_full=true": ("snapshots", 4 * (n * c) ** 2),
+        'record.kernels=["conjugate","ntk"]': ("snapshots", 4 * n * n + 2 * 8 * k + 8 + 4 * n * k + 4 * 8),
+    }
+    (bare,) = plan_runs([one(study, *plain)], "nowhere")
+    for override, (group, row) in asked.items():
+        (planned,) = plan_runs([one(study, *plain, override)], "nowhere")
+        expected = planned.rows[group] * row
+        if "kernels" in override:
+            expected += planned.rows["spectra"] * (2 * 8 * k + 8 + 4 * n * k) + planned.rows["scalars"] * 4 * 8
+        assert planned.nbytes - bare.nbytes == expected, override
+    (planned,) = plan_runs([one(study, *plain, "record.hessian={every=5}", "record.hessian_eigenpairs=2")], "nowhere")
+    assert planned.rows["hessian"] == 5 + 1
+    assert planned.nbytes - bare.nbytes == 6 * (4 * 8 + 16 + 2 * 2 * 8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["record.ntk_full=true"], "record.ntk_full = true: the data have one output"),
+        (["record.hessian={}", "record.hessian_eigenpairs=9000"],
+         "record.hessian_eigenpairs = 9000: must be at most p = 8385 parameters"),
+    ],
+    ids=["one_output", "too_many"],
+)  # fmt: skip
+def test_what_cannot_be_recorded_is_refused_before_anything_is_written(study, overrides, said):
+    assert said in message(lambda: plan_runs([one(study, *overrides)], "nowhere"), InputError)
 
 
 @given(
@@ -51,6 +85,7 @@ def test_parameters_are_those_of_the_network(shape, width, depth, outputs):
     model = Mlp(width=width, depth=depth)
     built = build_model(model, tuple(shape), outputs, 0, torch.float32)
     assert model.parameters(int(np.prod(shape)), outputs) == sum(p.numel() for p in built.parameters())
+    assert model.tensors() == len(list(built.parameters()))
 
 
 def test_an_imported_model_is_planned_without_its_parameters(study):

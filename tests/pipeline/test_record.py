@@ -8,19 +8,22 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pipeline import record as record_module
+from pipeline import measure as measure_module
+from pipeline import spectra
 from pipeline.cadence import Cadence
 from pipeline.errors import InputError
-from pipeline.record import Probe, Recorder
+from pipeline.kernels import infinite_kernels
+from pipeline.losses import mse
+from pipeline.record import DEFAULT_CADENCES, Probe, Recorder
 from pipeline.store import find_run, list_runs
 
 N, STEPS = 12, 30
 
 
-def task(outputs: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def task(outputs: int = 1, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(N, 3, generator=generator)
-    y = torch.sign(torch.randn(N, outputs, generator=generator))
+    x = torch.randn(n, 3, generator=generator)
+    y = torch.sign(torch.randn(n, outputs, generator=generator))
     return x, y
 
 
@@ -30,12 +33,12 @@ def network(outputs: int = 1) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, outputs))
 
 
-def loop(root, *, outputs=1, stop_after=None, learning_rate=0.1, crash_after=None, **options):
+def loop(root, *, outputs=1, n=N, stop_after=None, learning_rate=0.1, crash_after=None, **options):
     """A user's own training loop; returns the recorded run."""
-    x, y = task(outputs)
+    x, y = task(outputs, n)
     model = network(outputs)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    options = {"steps": STEPS, "loss_levels": [0.4, 0.2], "eigenpairs": 4} | options
+    options = {"steps": STEPS, "loss_levels": [0.4, 0.2], "eigenpairs": 4, "criterion": mse} | options
     recorder = Recorder(
         str(root), model, Probe(x, y), identity={"model": "mine"}, learning_rate=learning_rate, seed=0, **options
     )
@@ -160,13 +163,13 @@ def test_a_finished_run_is_left_alone_and_more_steps_continue_it(tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "kernel"])
 def test_a_diverged_run_keeps_its_rows_and_reaches_no_eigensolver(tmp_path, monkeypatch, where):
-    real, finite = record_module.eigenpairs, []
+    real, finite = measure_module.eigenpairs, []
 
-    def watched(kernel, k):
+    def watched(kernel, k, **options):
         finite.append(bool(np.isfinite(kernel).all()))
-        return real(kernel, k)
+        return real(kernel, k, **options)
 
-    monkeypatch.setattr(record_module, "eigenpairs", watched)
+    monkeypatch.setattr(measure_module, "eigenpairs", watched)
     x, y = task()
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
     with Recorder(
@@ -372,3 +375,160 @@ def test_a_probe_needs_two_dimensional_targets(tmp_path):
         Recorder(
             str(tmp_path), network(), Probe(x, y[:, 0]), identity={}, learning_rate=0.1, seed=0, steps=1, eigenpairs=2
         )
+
+
+# --- what is recorded on request -------------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "kernels": ["ntk", "conjugate", {"name": "weighted", "weights": {"0": 2.0}}, {"name": "nngp", "depth": 2}],
+    "layers": True,
+    "cadences": {**DEFAULT_CADENCES, "snapshots": Cadence(every=10), "hessian": Cadence(every=4)},
+    "hessian_eigenpairs": 2,
+}
+
+
+def jacobian(run, row: int, outputs: int) -> tuple[dict[str, np.ndarray], nn.Module]:
+    """∂f/∂θ_l (n, c, p_l) of each tensor at a stored snapshot, in float64, example by example."""
+    model = network(outputs)
+    stored = torch.from_numpy(run.read("snapshots/parameter", row, row + 1)[0])
+    nn.utils.vector_to_parameters(stored, model.parameters())
+    model = model.double()
+    found = {name: [] for name, _ in model.named_parameters()}
+    for example in task(outputs)[0].double():
+        for c in range(outputs):
+            gradients = torch.autograd.grad(model(example[None])[0, c], list(model.parameters()))
+            for name, gradient in zip(found, gradients, strict=True):
+                found[name].append(gradient.reshape(-1).numpy())
+    return {name: np.array(rows).reshape(N, outputs, -1) for name, rows in found.items()}, model
+
+
+@pytest.mark.parametrize("outputs", [1, 3], ids=lambda c: f"outputs={c}")
+def test_kernels_and_parts_equal_a_dense_recomputation(tmp_path, outputs):
+    run = loop(tmp_path, outputs=outputs, ntk_full=outputs > 1, **EVERYTHING)
+    x, y = task(outputs)
+    for row in range(run.lengths["snapshots"]):
+        jacobians, model = jacobian(run, row, outputs)
+
+        def read(name, row=row):
+            return run.read(f"snapshots/{name}", row, row + 1)[0]
+
+        parts = {name: np.einsum("icp,jcp->ij", j, j) for name, j in jacobians.items()}
+        features = model[:2](x.double()).detach().numpy()
+        weighted = sum(part * (4.0 if name.startswith("0.") else 1.0) for name, part in parts.items())
+        infinite = infinite_kernels(x, depth=2).nngp.numpy()
+        for name, kernel in {"conjugate": features @ features.T, "weighted": weighted, "nngp": infinite}.items():
+            np.testing.assert_allclose(read(f"{name}_ntk"), kernel, rtol=2e-5, atol=2e-6)
+            values = np.linalg.eigvalsh(kernel)[::-1][:4]
+            np.testing.assert_allclose(read(f"{name}_eigenvalue"), values, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(read(f"{name}_ntk_sharpness"), values[0] / N, rtol=1e-5)
+            np.testing.assert_allclose(read(f"{name}_trace"), np.trace(kernel), rtol=1e-5)
+            np.testing.assert_allclose(read(f"{name}_frobenius_norm"), np.linalg.norm(kernel), rtol=1e-5)
+            energy = np.trace(y.numpy().T @ kernel @ y.numpy())
+            np.testing.assert_allclose(read(f"{name}_target_energy"), energy, rtol=1e-4)
+            vectors = read(f"{name}_eigenvector").astype(np.float64)
+            np.testing.assert_allclose(kernel @ vectors, vectors * values, atol=3e-5 * values[0])
+        names = run.node("snapshots/ntk_layer")["attributes"]["names"]
+        for name, layer in zip(names, read("ntk_layer"), strict=True):
+            np.testing.assert_allclose(layer, parts[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(read("ntk_layer").sum(0), read("ntk"), rtol=1e-5, atol=1e-6)
+        if outputs > 1:
+            whole = np.concatenate(list(jacobians.values()), axis=2)
+            full = np.einsum("iap,jbp->iajb", whole, whole)
+            np.testing.assert_allclose(read("ntk_full"), full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 2], ids=lambda c: f"outputs={c}")
+def test_the_hessian_is_that_of_the_loss(tmp_path, outputs):
+    cadences = {**DEFAULT_CADENCES, "snapshots": Cadence(every=5), "hessian": Cadence(every=5)}
+    run = loop(tmp_path, outputs=outputs, cadences=cadences, hessian_eigenpairs=2)
+    assert run.read("hessian/step").tolist() == run.read("snapshots/step").tolist()
+    x, y = (tensor.double() for tensor in task(outputs))
+    for row in range(run.lengths["hessian"]):
+        _, model = jacobian(run, row, outputs)
+        shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+
+        def loss(flat, model=model, shapes=shapes):
+            parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
+            values = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+            return mse(torch.func.functional_call(model, values, x), y)
+
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in model.parameters()])
+        dense = np.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat).numpy())[::-1][:2]
+        np.testing.assert_allclose(run.read("hessian/hessian_eigenvalue")[row], dense, rtol=1e-3)
+        assert (run.read("hessian/hessian_residual")[row] <= 1e-3 * dense[0]).all()
+    products = run.read("hessian/hessian_products")
+    assert (products > 0).all()
+
+
+def test_hessian_and_ntk_sharpness_agree_where_the_residual_is_small(tmp_path):
+    """At a target that is the network's own output, the Hessian is JᵀJ / n."""
+    x, model = task()[0], network()
+    with torch.no_grad():
+        y = model(x)
+    groups = dict.fromkeys(("scalars", "hessian"), Cadence())
+    with Recorder(str(tmp_path), model, Probe(x, y), identity={}, learning_rate=0.1, seed=0, steps=1, eigenpairs=2,
+                  cadences=groups, criterion=mse) as recorder:  # fmt: skip
+        recorder.record(0, loss=0.0)
+        recorder.record(1, loss=0.0)
+    run = list_runs(tmp_path)[0]
+    np.testing.assert_allclose(
+        run.read("hessian/hessian_eigenvalue")[:, 0], run.read("scalars/ntk_sharpness"), rtol=1e-5
+    )
+    # The first vector, from the NTK, is the eigenvector itself.
+    assert run.read("hessian/hessian_products")[0] <= 2
+
+
+@pytest.mark.parametrize("stops", [[0], [3, 4], [6, 15, 29]], ids=str)
+def test_a_resumed_run_goes_on_with_the_vectors_of_its_eigensolvers(tmp_path, monkeypatch, stops):
+    for name, value in {"DENSE": 40, "GUARDS": 3}.items():
+        monkeypatch.setattr(spectra, name, value)  # so that eighty examples are many
+    options = EVERYTHING | {"eigenpairs": 2, "n": 80}
+    whole = loop(tmp_path / "whole", **options)
+    assert (whole.read("spectra/solver_iterations") > 0).any(), "LAPACK has no start to go on with"
+    assert whole.read("spectra/eigenvalue_residual").max() <= 1e-8 * whole.read("spectra/eigenvalue").max()
+    for stop in stops:
+        loop(tmp_path / "parts", stop_after=stop, **options)
+    assert loop(tmp_path / "parts", **options).head == whole.head
+    # The test can fail: without the vectors the bits are others.
+    monkeypatch.setattr(measure_module.Measure, "restore", lambda self, state: None)
+    for stop in stops:
+        loop(tmp_path / "cold", stop_after=stop, **options)
+    assert loop(tmp_path / "cold", **options).head != whole.head
+
+
+def test_the_cost_of_each_part_is_kept_and_not_part_of_the_head(tmp_path, monkeypatch):
+    run = loop(tmp_path / "a", commit_seconds=1e-9, **EVERYTHING)
+    cost = {name: run.read(f"train/{name}") for name in run.arrays("train") if name.startswith("seconds_")}
+    due = dict.fromkeys(("kernel", "scalars", "other_kernels"), "scalars") | {"hessian": "hessian"}
+    for part, group in due.items():
+        measured = run.read("train/step")[cost[f"seconds_{part}"] > 0]
+        assert measured.tolist() == run.read(f"{group}/step").tolist(), part
+    assert (cost["seconds_eigenpairs"] > 0).all()
+    # Of the commit before the row, so the first row has none.
+    assert (cost["seconds_commit"] > 0).tolist() == [False] + [True] * STEPS
+    assert loop(tmp_path / "b", **EVERYTHING).head == run.head
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": ["conjugate"]}, r"kernels = \['conjugate'\]: must have 'ntk' among them"),
+        ({"kernels": ["ntk", "conjugate", "conjugate"]}, "each at most once"),
+        ({"kernels": ["ntk", "unknown"]}, "kernel 'unknown': must be one of ntk, weighted, conjugate"),
+        ({"ntk_full": True}, "ntk_full: a network of one output"),
+        ({"cadences": {"hessian": Cadence()}, "criterion": None}, "cadence of 'hessian': needs the loss"),
+        ({"hessian_eigenpairs": 0, "cadences": {"hessian": Cadence()}}, "hessian_eigenpairs = 0: must be"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        loop(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_asked_for_names_no_run_anew(tmp_path):
+    plain = loop(tmp_path)
+    assert set(plain.attrs["identity"]["record"]) == {"eigenpairs", "loss_levels", "snapshots", "spectra", "scalars"}
+    assert "hessian" not in plain.lengths
+    asked = loop(tmp_path, **EVERYTHING)
+    assert asked.run_id != plain.run_id

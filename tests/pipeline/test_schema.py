@@ -24,9 +24,42 @@ def test_a_row_can_be_restricted_and_keeps_the_order_of_the_schema():
     assert names == ["step", "learning_rate", "seed", "loss", "ntk", "trace", "digest"]
 
 
+def test_another_kernel_has_the_variables_of_the_ntk_with_its_name_in_front():
+    names = schema.recorded(["infinite_ntk", "conjugate"])
+    for group in ("scalars", "spectra", "snapshots"):
+        found = [variable.name for variable in row_variables(group, reversed(names[group]))]
+        own = [name for name in schema.GROUPS[group] if name not in ("parameter", "prediction")]
+        assert found[4:-1] == [
+            *schema.GROUPS[group], *(f"{kernel}_{name}" for kernel in ("conjugate", "infinite_ntk") for name in own)
+        ]  # fmt: skip
+    ours, theirs = (
+        schema.variables_of("spectra")["eigenvalue"],
+        schema.variables_of("spectra", ["conjugate_eigenvalue"]),
+    )
+    assert (theirs["conjugate_eigenvalue"].dims, theirs["conjugate_eigenvalue"].dtype) == (ours.dims, ours.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("conjugate_ntk", "conjugate"), ("infinite_ntk_ntk", "infinite_ntk"), ("x_ntk_sharpness", "x"),
+     ("x_eigenvalue_residual", "x"), ("ntk", None), ("ntk_sharpness", None), ("loss", None), ("wall_time", None)],
+)  # fmt: skip
+def test_the_name_of_a_variable_tells_its_kernel(name, kernel):
+    assert schema.kernel_of(name) == kernel
+
+
+def test_what_is_on_request_is_in_no_row_unless_it_is_named():
+    assert not schema.ON_REQUEST.keys() & schema.GROUPS["snapshots"].keys()
+    names = schema.recorded(layers=True, full=True)["snapshots"]
+    assert {"ntk_layer", "ntk_full"} <= {variable.name for variable in row_variables("snapshots", names)}
+    assert schema.recorded()["snapshots"] == list(schema.GROUPS["snapshots"])
+
+
 def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
     every = [variable for group in schema.GROUPS for variable in row_variables(group)]
-    assert {variable.name for variable in every if variable.volatile} == {"wall_time", "digest"}
+    costs = {name for name in schema.TRAIN if name.startswith("seconds_")}
+    assert costs
+    assert {variable.name for variable in every if variable.volatile} == {"wall_time", "digest"} | costs
 
 
 def test_every_variable_says_what_it_is():

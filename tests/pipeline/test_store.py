@@ -133,7 +133,7 @@ def test_every_plain_reader_sees_the_committed_rows_and_no_others(path, group):
 
 
 def test_the_values_are_those_that_were_written(path):
-    assert assert_rows_are_those_of_their_steps(read_run(path)) == 11 + 6 + 4 + 3
+    assert assert_rows_are_those_of_their_steps(read_run(path)) == 11 + 6 + 4 + 3 + 2
 
 
 def test_rows_carry_their_coordinates_their_units_and_the_probe(path):
@@ -290,7 +290,7 @@ def test_the_next_writer_starts_from_the_last_commit_with_its_checkpoint(tmp_pat
 def test_a_run_may_outgrow_its_plan(tmp_path, undisturbed):
     with cut("small"):
         write_run(tmp_path, 7, capacity=dict.fromkeys(GROUPS, 2), status=None)
-    assert assert_rows_are_those_of_their_steps(find_run(tmp_path, RUN)) == 7 + 4 + 3 + 2
+    assert assert_rows_are_those_of_their_steps(find_run(tmp_path, RUN)) == 7 + 4 + 3 + 2 + 1
     run = write_run(tmp_path, 23, capacity=dict.fromkeys(GROUPS, 1))
     assert run.head == undisturbed.head
     assert xr.open_zarr(run.path, group="train", consolidated=False).sizes["step"] == 23
@@ -312,7 +312,7 @@ def test_a_finished_run_can_be_taken_up_again(tmp_path, undisturbed):
         writer.finish("complete", "loss")
     last = find_run(tmp_path, RUN)
     assert (last.head, last.status, last.attrs["stop_reason"]) == (undisturbed.head, "complete", "loss")
-    assert assert_rows_are_those_of_their_steps(last) == 23 + 12 + 8 + 5
+    assert assert_rows_are_those_of_their_steps(last) == 23 + 12 + 8 + 5 + 4
 
 
 def test_finishing_twice_changes_nothing(tmp_path):
@@ -394,7 +394,7 @@ def test_a_row_that_is_not_finite_is_refused_whole(tmp_path, group, name, value)
             writer.append(0, bad)
         assert (writer.last_step, writer.pending_bytes) == (None, 0)
         advance(writer, 2)
-    assert assert_rows_are_those_of_their_steps(find_run(tmp_path, RUN)) == 2 + 1 + 1 + 1
+    assert assert_rows_are_those_of_their_steps(find_run(tmp_path, RUN)) == 2 + 1 + 1 + 1 + 1
     assert find_run(tmp_path, RUN).head == write_run(tmp_path / "clean", 2).head
 
 
@@ -432,7 +432,7 @@ def test_a_row_is_what_it_was_when_it_was_appended(tmp_path):
         ({"identity": {"model": "other"}}, "was recorded on other data"),
         ({"dims": {**DIMS, "eig": 2}}, r"other variables or shapes \(.*eigenvalue.*\): write to another root"),
         ({"dtype": "float64"}, r"other variables or shapes \(.*parameter.*\)"),
-        ({"groups": ("train", "scalars", "spectra")}, r"other variables or shapes \(snapshots/step, .*\)"),
+        ({"groups": ("train", "scalars", "spectra", "hessian")}, r"other variables or shapes \(snapshots/step, .*\)"),
     ],
     ids=["probe", "identity", "eigenpairs", "dtype", "groups"],
 )
@@ -448,7 +448,7 @@ def test_a_run_of_that_name_with_other_data_is_refused_and_left_alone(tmp_path, 
 
 def test_a_group_that_the_run_was_not_planned_with_is_refused(tmp_path):
     write_run(tmp_path, 3, groups=("train",), status=None)
-    with pytest.raises(InputError, match=r"other variables or shapes \(scalars, snapshots, spectra\)"):
+    with pytest.raises(InputError, match=r"other variables or shapes \(hessian, scalars, snapshots\)"):
         open_writer(tmp_path)
 
 
@@ -554,7 +554,7 @@ def test_the_head_is_the_documented_chain(tmp_path):
     head = digest(b'{"model":"none"}', digest(*examples))
     assert run.attrs["seed_digest"] == head.hex()
     for step in range(STEPS):
-        for group in ("scalars", "snapshots", "spectra", "train"):
+        for group in ("hessian", "scalars", "snapshots", "spectra", "train"):
             if step % CADENCES[group] == 0:
                 index = step // CADENCES[group]
                 names = [variable.name for variable in row_variables(group) if not variable.volatile]
@@ -584,7 +584,7 @@ def test_the_head_covers_every_value_but_times(tmp_path, group):
             writer.append(0, {group: changed})
             writer.commit(b"")
         head = find_run(tmp_path / str(number), RUN).head
-        assert (head == plain) == (name == "wall_time"), name
+        assert (head == plain) == (name == "wall_time" or name.startswith("seconds_")), name
 
 
 def test_the_head_covers_the_identity_and_the_probe(tmp_path):
