@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analysis.alignment import alignment
+    from analysis.kernels import kernel, layers
     from analysis.load import open_run, open_sweep
     from analysis.matched import at_loss
     from analysis.phases import phase_summary, phases
 
-__all__ = ["alignment", "at_loss", "open_run", "open_sweep", "phase_summary", "phases"]
+__all__ = ["alignment", "at_loss", "kernel", "layers", "open_run", "open_sweep", "phase_summary", "phases"]
 
-_HOMES = {"at_loss": "matched", "open_run": "load", "open_sweep": "load", "phase_summary": "phases"}
+_HOMES = {
+    "at_loss": "matched", "kernel": "kernels", "layers": "kernels", "open_run": "load", "open_sweep": "load",
+    "phase_summary": "phases",
+}  # fmt: skip
 
 
 class _Package(ModuleType):

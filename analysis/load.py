@@ -178,7 +178,9 @@ def _variables(runs: Sequence[Run], group: str) -> dict[str, tuple[Any, ...]]:
             parts = [
                 _stored(run, f"{group}/{variable.name}", rows)
                 if variable.name in run.arrays(group)
-                else da.full((run.lengths[group], *node["shape"][1:]), np.nan, kind, chunks=(rows, *node["shape"][1:]))
+                else da.full(
+                    (run.lengths[group], *node["shape"][1:]), np.nan, dtype=kind, chunks=(rows, *node["shape"][1:])
+                )
                 for run in runs
             ]
             dims = ("snapshot", *variable.dims[1:])

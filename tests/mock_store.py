@@ -74,6 +74,8 @@ def mock_run(
     cadences: Mapping[str, Cadence] = CADENCES,
     end: Literal["complete", "diverged"] | None = "complete",
     attrs: Mapping[str, Any] | None = None,
+    conjugate: bool = False,
+    layers: bool = False,
 ) -> Path:
     """Write one run, or go on with one that was left unfinished.
 
@@ -89,6 +91,8 @@ def mock_run(
         cadences: steps of each group; `train` has every step.
         end: how the run ends; None leaves it unfinished after `steps`.
         attrs: further root attributes.
+        conjugate: record the conjugate kernel H Hᵀ too.
+        layers: record the parts of the NTK that belong to W and to A.
 
     Returns:
         Folder of the run.
@@ -111,6 +115,7 @@ def mock_run(
     y = np.where(np.sin(2 * x @ rng.normal(size=(FEATURES, c))) > 0, 1.0, -1.0)
     w, a = rng.normal(size=(FEATURES, width)) / np.sqrt(FEATURES), rng.normal(size=(width, c)) / np.sqrt(width)
     name = run_id(learning_rate, seed, **axes)
+    more = schema.recorded(["conjugate"] if conjugate else [], layers) if conjugate or layers else {}
     # A store for a test need not survive a power cut, and the hundreds of fsyncs of a run take most of its time.
     with patch("os.fsync"), Writer.open(
         root,
@@ -131,8 +136,12 @@ def mock_run(
             },
             **(attrs or {}),
         },
-        dims={"sample": n, "sample2": n, "output": c, "eig": k, "hessian_eig": 1, "parameter_index": w.size + a.size},
-        groups={group: list(variables) for group, variables in schema.GROUPS.items()},
+        dims={
+            "layer": 2, "sample": n, "sample2": n, "output": c, "eig": k, "hessian_eig": 1,
+            "parameter_index": w.size + a.size,
+        },
+        groups={group: [*variables, *more.get(group, [])] for group, variables in schema.GROUPS.items()},
+        attributes={"snapshots/ntk_layer": {"names": ["W", "A"]}},
         capacity={group: steps + 1 for group in schema.GROUPS},
         probe={"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)},
         dtype="float32",
@@ -163,21 +172,13 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
     d = (1 - h**2)[:, :, None] * a  # (n, width, c)
     full = np.einsum("ahc,bhd->acbd", d, d) * (x @ x.T)[:, None, :, None] + np.einsum("ab,cd->acbd", h @ h.T, np.eye(c))
     kernel = np.einsum("acbc->ab", full)
-    values, vectors = np.linalg.eigh(kernel)
-    vectors = vectors[:, ::-1][:, :k]
-    largest = np.abs(vectors).argmax(axis=0)
     measured = {
-        "ntk": kernel,
+        **of_kernel(kernel, y, k),
+        **{f"conjugate_{name}": value for name, value in of_kernel(h @ h.T, y, k).items()},
+        "ntk_layer": np.stack([kernel - c * h @ h.T, c * h @ h.T]),
         "parameter": np.concatenate([w.ravel(), a.ravel()]),
-        "eigenvalue": values[::-1][:k],
-        "eigenvector": vectors * np.sign(vectors[largest, np.arange(k)]),
-        "eigenvalue_residual": np.linalg.norm(kernel @ vectors - vectors * values[::-1][:k], axis=0),
-        "solver_iterations": 0,
         "prediction": f,
         "ntk_sharpness": np.linalg.eigvalsh(full.reshape(n * c, n * c))[-1] / n,
-        "frobenius_norm": np.linalg.norm(kernel),
-        "trace": np.trace(kernel),
-        "target_energy": np.einsum("nc,nc->", y, kernel @ y),
         "accuracy": np.mean(np.sign(f) == y),
         "grad_norm": np.linalg.norm(np.concatenate([part.ravel() for part in descend(x, y, w, a, 1.0)])
                                     - np.concatenate([w.ravel(), a.ravel()])),
@@ -188,5 +189,23 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
     }  # fmt: skip
     measured["hessian_eigenvalue"] = measured["ntk_sharpness"][None]  # of the Gauss-Newton matrix
     row["loss"] = np.sum((f - y) ** 2) / (2 * n)
-    return {group: {**{name: measured[name] for name in schema.GROUPS[group] if name in measured}, **row}
+    return {group: {**{name: measured[name] for name in schema.variables_of(group, measured)}, **row}
             for group in due | {"train"}}  # fmt: skip
+
+
+def of_kernel(kernel: Any, y: Any, k: int) -> dict[str, Any]:
+    """What is recorded of one kernel (n, n)."""
+    values, vectors = np.linalg.eigh(kernel)
+    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
+    largest = np.abs(vectors).argmax(axis=0)
+    return {
+        "ntk": kernel,
+        "eigenvalue": values,
+        "eigenvector": vectors * np.sign(vectors[largest, np.arange(k)]),
+        "eigenvalue_residual": np.linalg.norm(kernel @ vectors - vectors * values, axis=0),
+        "solver_iterations": 0,
+        "ntk_sharpness": values[0] / len(kernel),
+        "frobenius_norm": np.linalg.norm(kernel),
+        "trace": np.trace(kernel),
+        "target_energy": np.einsum("nc,nc->", y, kernel @ y),
+    }

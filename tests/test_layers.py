@@ -32,7 +32,7 @@ LAYERS = {
     "analysis": [
         "rows tables claims",
         "load",
-        "linalg",
+        "linalg kernels",
         "spectra",
         "alignment",
         "matched phases",
