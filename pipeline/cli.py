@@ -87,6 +87,19 @@ def _complete_study(_ctx: click.Context, _param: click.Parameter, incomplete: st
     ]
 
 
+def _complete_kernel(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from pipeline.config import KERNELS
+
+    return [name for name in KERNELS if name.startswith(incomplete)]
+
+
+def _complete_probe(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    names = [name for name in ("test", "train") if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
 def _existing_root(root: str) -> str:
     """ROOT is a folder, or the name of a study whose store lies where `run` puts it by default."""
     named = STORES / root
@@ -477,6 +490,112 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
         click.echo(f"             rule: {judgement.claim.rule}")
         for change in judgement.claim.changes:
             click.echo(f"             rule changed: {change}")
+
+
+@main.command(
+    epilog=example(
+        "ntk-eos kernel digits --probe test",
+        "ntk-eos kernel digits lr-0.4_seed-0 --probe test --at all --layers",
+        "ntk-eos kernel data/stores/digits/runs/RUN.zarr --probe new.npz --kernel conjugate",
+    )
+)
+@click.argument(
+    "root", metavar="RUN", shell_complete=_complete_root, callback=lambda _c, _p, value: _existing_root(value)
+)
+@click.argument("run_ids", nargs=-1, metavar="[RUN_ID]...", shell_complete=_complete_run)
+@click.option("--probe", required=True, metavar="test|train|FILE.npz", shell_complete=_complete_probe,
+              help="Examples: those that the run did not choose, its own, or x and y of a file.")  # fmt: skip
+@click.option("--kernel", "name", default="ntk", show_default=True, shell_complete=_complete_kernel,
+              help="Name, or TOML with options: '{name=\"nngp\", depth=2}'.")  # fmt: skip
+@click.option("--layers", is_flag=True, help="Also the part of the NTK of each trained tensor.")
+@click.option("--at", default="final", show_default=True, metavar="final|all|STEP,...", help="Snapshots to take.")
+@click.option("--allow-imports", is_flag=True, help="Import the model that the run's study names.")
+@json_option
+@quiet_option
+@click.pass_context
+def kernel(
+    ctx: click.Context,
+    root: str,
+    run_ids: Sequence[str],
+    probe: str,
+    name: str,
+    layers: bool,
+    at: str,
+    allow_imports: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compute a kernel of recorded runs from their stored parameters, also on new examples.
+
+    RUN is the folder of a run, or a store with names of its runs: all of them by default. Nothing is trained. Prints
+    where each result lies, a run of a store under ROOT/analysis/kernel/, and the alignment of its last snapshot.
+    """
+    from pipeline.config import kernel_table
+
+    _check_training()
+    paths = _paths_of_runs(root, run_ids)
+    options = {"kernel": kernel_table(name), "probe": probe, "layers": layers, "at": _steps(at)}
+    if allow_imports:
+        sys.path.append(str(Path.cwd()))
+    rows, failed = [], []
+    with console.Progress(f"{name} of {len(paths)} runs", quiet) as progress:
+        for number, path in enumerate(paths):
+            share = _Share(progress, number, len(paths), path.stem)
+            try:
+                rows.append(_replayed(path, {**options, "allow_imports": allow_imports, "progress": share.update}))
+            except NtkEosError as error:
+                if len(paths) == 1:
+                    raise
+                failed.append(error)
+                progress.warn(f"error: {path.stem}: {error}")
+    console.show(rows, as_json=as_json, empty="no kernel was computed")
+    if failed:
+        ctx.exit(3 if rows else failed[0].exit_code)
+
+
+def _paths_of_runs(root: str, run_ids: Sequence[str]) -> list[Path]:
+    from pipeline.errors import MissingError
+    from pipeline.store import RECORD, find_path, run_paths
+
+    if Path(root, RECORD).is_file():
+        return [Path(root)]
+    paths = [find_path(root, run_id) for run_id in run_ids] or run_paths(root)
+    if not paths:
+        raise MissingError(f"{root} has no runs")
+    return paths
+
+
+def _steps(at: str) -> str | list[int]:
+    from pipeline.errors import InputError
+
+    if at in ("final", "all"):
+        return at
+    try:
+        return [int(step) for step in at.split(",")]
+    except ValueError:
+        raise InputError(f"--at {at}: must be final, all or steps, such as 0,100") from None
+
+
+def _replayed(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Compute a kernel of one run; where it lies, and the alignment of its last row."""
+    from analysis import alignment, open_run
+    from pipeline.replay import replay
+
+    found = replay(path, **options)
+    last = alignment(open_run(found).isel(snapshot=[-1])).compute()
+    alignments = {name: float(last[name].item()) for name in ("kta", "kta_centred")}
+    return {"run": path.stem, "step": int(last["step"].item()), **alignments, "path": str(found)}
+
+
+class _Share:
+    """The progress of one run among several."""
+
+    def __init__(self, progress: console.Progress, done: int, count: int, name: str) -> None:
+        self._progress, self._done, self._count, self._name = progress, done, count, name
+
+    def update(self, fraction: float, note: str) -> None:
+        """Show the share of all runs."""
+        self._progress.update((self._done + fraction) / self._count, f"{self._name}, {note}")
 
 
 @main.command(epilog=example("ntk-eos verify digits --deep", "ntk-eos verify digits lr-0.1_seed-0 --json"))

@@ -391,6 +391,38 @@ class RunConfig(Table):
         return _digest(identity)
 
 
+def kernel_table(written: str) -> dict[str, Any]:
+    """Name and options of a kernel, as a study file spells it: a name, or a table in TOML.
+
+    Raises:
+        InputError: if there is no such kernel, or it has no such options.
+    """
+    where = "kernel"
+    try:
+        value = tomllib.loads(f"value = {written}")["value"] if written.lstrip().startswith("{") else written
+        return _kernel(value).model_dump(exclude_none=True)
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        where = ".".join([where, *map(str, error["loc"])])
+        rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+        raise InputError(_line(f"{where} = {_show(error['input'])}: {rule}")) from None
+    except PydanticCustomError as error:
+        raise InputError(_line(f"{where} = {_show(value)}: {error.message()}")) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(_line(f"{where} = {written[:60]}: not a TOML value: {error}")) from None
+
+
+def config_of(identity: dict[str, Any]) -> RunConfig | None:
+    """The run that an identity describes, up to its end; None if it is not one of a study file.
+
+    Of `data.file` an identity has only the name.
+    """
+    try:
+        return RunConfig.model_validate({**identity, "stop": {"steps": 1}})
+    except ValidationError:
+        return None
+
+
 def _kinds(table: str) -> dict[str, type[Table]]:
     annotation = RunConfig.model_fields[table].annotation
     return {cls.model_fields["name"].default: cls for cls in get_args(annotation) or (annotation,)}

@@ -1,4 +1,7 @@
-"""What is trained on: a registry of datasets, each a function `(options, rng) -> Data`."""
+"""What is trained on: a registry of datasets, each a function `(options, rng, rest) -> Data`.
+
+With `rest` a dataset gives the examples that it would not choose, seen as the network sees those that it would.
+"""
 
 import zipfile
 import zlib
@@ -44,18 +47,19 @@ class Data:
         return state.hexdigest()
 
 
-def load_data(options: Any, seed: int) -> Data:
+def load_data(options: Any, seed: int, rest: bool = False) -> Data:
     """The data of a run.
 
     Args:
         options: the study's data table; `options.name` is an entry of `DATASETS`.
         seed: the run's seed; draws come from its stream "data".
+        rest: the examples that were not chosen, in the order of the dataset and normalised as those that were.
 
     Raises:
-        InputError: if the options do not fit the dataset, or a file cannot be used.
+        InputError: if the options do not fit the dataset, a file cannot be used, or no example is left as the rest.
         MissingError: if a file is not there.
     """
-    return DATASETS[options.name](options, stream(seed, "data"))
+    return DATASETS[options.name](options, stream(seed, "data"), rest)
 
 
 def is_labels(y: np.ndarray) -> bool:
@@ -65,19 +69,24 @@ def is_labels(y: np.ndarray) -> bool:
     return bool(np.all((y == 0) | (y == 1)) and np.all(y.sum(axis=1) == 1))
 
 
-def global_normalise(x: np.ndarray) -> np.ndarray:
+def global_normalise(x: np.ndarray, by: np.ndarray | None = None) -> np.ndarray:
     """Centre each feature over the examples, then divide by ONE standard deviation.
 
     One for all features: a nearly constant pixel divided by its own would become huge.
 
+    Args:
+        x: (n, *features).
+        by: the examples whose mean and deviation are taken; x itself by default.
+
     Raises:
         InputError: if all examples are equal.
     """
-    centred = x - x.mean(axis=0)
-    deviation = centred.std()
+    known = x if by is None else by
+    mean = known.mean(axis=0)
+    deviation = (known - mean).std()
     if deviation == 0:
-        raise InputError(f"the {len(x)} examples are all equal: normalising needs at least 2 different ones")
-    return centred / deviation
+        raise InputError(f"the {len(known)} examples are all equal: normalising needs at least 2 different ones")
+    return (x - mean) / deviation
 
 
 def _draw(available: int, n: int | None, rng: np.random.Generator) -> np.ndarray:
@@ -89,6 +98,14 @@ def _draw(available: int, n: int | None, rng: np.random.Generator) -> np.ndarray
     return rng.permutation(available)[:n].astype(np.int64)
 
 
+def _rest(available: int, chosen: np.ndarray) -> np.ndarray:
+    """Indices of the examples that were not chosen."""
+    left = np.setdiff1d(np.arange(available, dtype=np.int64), chosen)
+    if not len(left):
+        raise InputError(f"all {available} examples were chosen, so none is left: give others, in a file")
+    return left
+
+
 # --- digits ----------------------------------------------------------------------------------------------------------
 
 DIGIT_TARGETS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -97,16 +114,17 @@ DIGIT_TARGETS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def digits(options: Any, rng: np.random.Generator) -> Data:
+def digits(options: Any, rng: np.random.Generator, rest: bool = False) -> Data:
     """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as a two-class task.
 
     Args:
         options: `n`, the number of random examples; `target`, one of `DIGIT_TARGETS`, which is +1 where it holds
             and -1 elsewhere.
         rng: draws the examples.
+        rest: give those that were not chosen.
 
     Returns:
-        x (n, 64), globally normalised over the n examples, and y (n, 1).
+        x (n, 64), globally normalised over the chosen examples, and y (n, 1).
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
     """
@@ -114,62 +132,78 @@ def digits(options: Any, rng: np.random.Generator) -> Data:
 
     x, digit = load_digits(return_X_y=True)
     chosen = _draw(len(x), options.n, rng)
-    y = np.where(DIGIT_TARGETS[options.target](digit[chosen]), 1.0, -1.0)[:, None]
-    return Data(global_normalise(x[chosen]), y, chosen, labels=True)
+    taken = _rest(len(x), chosen) if rest else chosen
+    y = np.where(DIGIT_TARGETS[options.target](digit[taken]), 1.0, -1.0)[:, None]
+    return Data(global_normalise(x[taken], x[chosen]), y, taken, labels=True)
 
 
 # --- the user's own arrays -------------------------------------------------------------------------------------------
 
 
-def file(options: Any, rng: np.random.Generator) -> Data:
+def file(options: Any, rng: np.random.Generator, rest: bool = False) -> Data:
     """Arrays `x` (n, *features) and `y` (n,) or (n, c) of an .npz file, which is never unpickled.
 
     Args:
         options: `file`, the path; `n`, a number of random examples, or None for all in order; `normalise`, "none"
             or "global".
         rng: draws the examples.
+        rest: give those that were not chosen.
 
     Raises:
         MissingError: if there is no such file.
         InputError: if it does not hold two numeric, finite arrays of one length.
     """
-    x, y = _read_arrays(Path(options.file))
+    arrays = read_arrays(Path(options.file), "data.file", ("x", "y"))
+    x, y = arrays["x"], arrays["y"]
     chosen = _draw(len(x), options.n, rng)
-    x, y = x[chosen], y[chosen]
-    return Data(global_normalise(x) if options.normalise == "global" else x, y, chosen, is_labels(y))
+    taken = _rest(len(x), chosen) if rest else chosen
+    seen = global_normalise(x[taken], x[chosen]) if options.normalise == "global" else x[taken]
+    return Data(seen, y[taken], taken, is_labels(y[taken]))
 
 
-def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays x (n, *features) and y (n, c) of `path` in float64."""
+def read_arrays(path: Path, what: str, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays `x` (n, *features) and, where there is one, `y` (n, c) of an .npz file, in float64.
+
+    Args:
+        path: the file, which is never unpickled.
+        what: the option that names it, for messages.
+        needed: arrays that must be there, of x and y.
+
+    Raises:
+        MissingError: if there is no such file.
+        InputError: if what is needed is not there, or not numeric, finite and of one length.
+    """
     if not path.exists():
-        raise MissingError(f"data.file = {path}: there is no such file")
+        raise MissingError(f"{what} = {path}: there is no such file")
     try:
         with path.open("rb") as opened:  # numpy leaves a file open if it is not a zip
             archive = np.load(opened, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"data.file = {path}: a single array; save both with numpy.savez(path, x=x, y=y)")
-            absent = [name for name in ("x", "y") if name not in archive]
+                raise InputError(f"{what} = {path}: a single array; save both with numpy.savez(path, x=x, y=y)")
+            absent = [name for name in needed if name not in archive]
             if absent:
-                raise InputError(f"data.file = {path}: no array {' and '.join(absent)}, only {archive.files}")
-            arrays = {name: np.asarray(archive[name]) for name in ("x", "y")}  # bytes if it is no array
+                raise InputError(f"{what} = {path}: no array {' and '.join(absent)}, only {archive.files}")
+            found = [name for name in ("x", "y") if name in archive]
+            arrays = {name: np.asarray(archive[name]) for name in found}  # bytes if it is no array
     except _UNREADABLE as error:
-        raise InputError(f"data.file = {path}: not an .npz file of plain arrays ({error})") from error
-    x, y = (_as_numbers(name, array, path) for name, array in arrays.items())
-    if x.ndim < 2 or y.ndim not in (1, 2) or len(x) != len(y) or 0 in x.shape + y.shape:
-        shapes = f"x {x.shape} and y {y.shape}"
-        raise InputError(f"data.file = {path}: {shapes}: must be (n, features...) and (n,) or (n, c), not empty")
-    return x, y.reshape(len(y), -1)
+        raise InputError(f"{what} = {path}: not an .npz file of plain arrays ({error})") from error
+    arrays = {name: _as_numbers(name, array, f"{what} = {path}") for name, array in arrays.items()}
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim < 2 or 0 in x.shape or (y is not None and (y.ndim not in (1, 2) or len(x) != len(y) or 0 in y.shape)):
+        shapes = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise InputError(f"{what} = {path}: {shapes}: must be (n, features...) and (n,) or (n, c), not empty")
+    return {name: array if name == "x" else array.reshape(len(x), -1) for name, array in arrays.items()}
 
 
-def _as_numbers(name: str, array: np.ndarray, path: Path) -> np.ndarray:
+def _as_numbers(name: str, array: np.ndarray, where: str) -> np.ndarray:
     """A numeric array in float64, its values all finite."""
     if array.dtype.kind not in "biuf":
-        raise InputError(f"data.file = {path}: {name} has dtype {array.dtype}; it must hold real numbers")
+        raise InputError(f"{where}: {name} has dtype {array.dtype}; it must hold real numbers")
     numbers = array.astype(np.float64)
     bad = np.count_nonzero(~np.isfinite(numbers))
     if bad:
-        raise InputError(f"data.file = {path}: {name} has {bad} values that are not finite; remove those examples")
+        raise InputError(f"{where}: {name} has {bad} values that are not finite; remove those examples")
     return numbers
 
 
-DATASETS: dict[str, Callable[[Any, np.random.Generator], Data]] = {"digits": digits, "file": file}
+DATASETS: dict[str, Callable[[Any, np.random.Generator, bool], Data]] = {"digits": digits, "file": file}

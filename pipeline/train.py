@@ -7,14 +7,15 @@ Each step measures the model before it moves it, so the row of step t describes 
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pipeline.config import RunConfig
+from pipeline.config import File, RunConfig
 from pipeline.data import load_data
 from pipeline.errors import InputError
 from pipeline.losses import LOSSES, accuracy
@@ -45,10 +46,8 @@ def train(
         InputError: if the device is not there, or the data or the model cannot be used.
         RunLocked: if another process writes the run.
     """
-    device, dtype = _device(run.compute.device), getattr(torch, run.compute.dtype)
-    torch.set_num_threads(run.compute.threads)
-    torch.use_deterministic_algorithms(True)
-    with threadpool_limits(run.compute.threads):
+    device, dtype = find_device(run.compute.device), getattr(torch, run.compute.dtype)
+    with computing(run.compute.threads):
         data = load_data(run.data, run.seed)
         x = torch.as_tensor(data.x, dtype=dtype, device=device)
         y = torch.as_tensor(data.y, dtype=dtype, device=device)
@@ -81,6 +80,7 @@ def train(
                 "loss_convention": (inspect.getdoc(criterion) or run.loss.name).splitlines()[0],
                 "stop": run.stop.model_dump(exclude_none=True),
                 "stability_line": rule.stability_line(run.learning_rate),
+                **({"data_file": run.data.file} if isinstance(run.data, File) else {}),
                 **(attrs or {}),
             },
             threads=run.compute.threads,
@@ -110,12 +110,41 @@ def train(
             return recorder.status
 
 
-def _device(name: str) -> torch.device:
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """So many threads of torch and BLAS, and algorithms whose results do not depend on their order.
+
+    Args:
+        threads: of one run.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def find_device(name: str, otherwise: str | None = None) -> torch.device:
+    """The device of that name.
+
+    Args:
+        name: as in `compute.device`.
+        otherwise: the device to take if that one is not there.
+
+    Raises:
+        InputError: if it is not there.
+    """
     device = torch.device(name)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[device.type]:
+    if available[device.type]:
+        return device
+    if otherwise is None:
         raise InputError(f"compute.device = {name!r}: torch finds no such device here; use 'cpu'")
-    return device
+    return torch.device(otherwise)
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:

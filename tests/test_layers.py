@@ -26,7 +26,7 @@ LAYERS = {
         "measure",
         "record",
         "train",
-        "plan sweep",
+        "plan sweep replay",
         "cli",
     ],
     "analysis": [

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
-from pipeline.store import list_runs
+from pipeline.store import list_runs, read_run
 
 COMMAND = Path(sys.executable).with_name("ntk-eos")
 SMALL = [
@@ -105,6 +105,9 @@ def test_completion_offers_studies_stores_and_runs(store, tmp_path):
     assert sorted(complete(f"ntk-eos verify {store} ")) == [run.run_id for run in list_runs(store)]
     (tmp_path / "data" / "stores" / "mine").mkdir(parents=True)
     assert "mine" in complete("ntk-eos status ")
+    assert sorted(complete(f"ntk-eos kernel {store} ")) == [run.run_id for run in list_runs(store)]
+    assert {"test", "train"} <= set(complete(f"ntk-eos kernel {store} --probe "))
+    assert complete(f"ntk-eos kernel {store} --kernel inf") == ["infinite_ntk"]
 
 
 # --- the main path ---------------------------------------------------------------------------------------------------
@@ -232,6 +235,106 @@ def test_export_writes_files_that_other_tools_read(store, tmp_path, kind, count)
         (expected,) = rows("sql", store, "select count(*) as n, sum(kta) as total from alignment")
         got = duckdb.sql(f"select count(*), sum(kta) from '{table}'").fetchall()[0]
         assert got == (expected["n"], pytest.approx(expected["total"], rel=1e-12))
+
+
+# --- kernels of stored parameters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(store, tmp_path) -> Path:
+    """A store of two runs that may be written to."""
+    for run in list_runs(store)[:2]:
+        shutil.copytree(run.path, tmp_path / "copy" / "runs" / run.path.name)
+    return tmp_path / "copy"
+
+
+def test_kernel_computes_on_other_examples_and_prints_the_alignment(copy):
+    import analysis
+
+    result = call("kernel", copy, "--probe", "test", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)["rows"]
+    runs = list_runs(copy)
+    assert [row["run"] for row in printed] == [run.run_id for run in runs]
+    (root,) = {Path(row["path"]).parent.parent for row in printed}
+    measured = analysis.alignment(analysis.open_sweep(root)).compute()
+    for name in ("kta", "kta_centred"):
+        np.testing.assert_allclose(sorted(row[name] for row in printed), sorted(measured[name].values), rtol=1e-12)
+    assert [row["step"] for row in printed] == [run.attrs["last_step"] for run in runs]
+    assert "done in" in result.stderr
+    assert call("kernel", copy, "--probe", "test", "-q").stdout.count(str(root)) == 2
+    assert rows("verify", copy, "--deep") == []
+    assert len(rows("status", copy)) == 2
+
+
+def test_kernel_takes_one_run_by_its_folder_or_by_its_name(copy):
+    run = list_runs(copy)[1]
+    by_folder = rows("kernel", run.path, "--probe", "train", "--at", "0,1", "--layers")
+    by_name = rows("kernel", copy, run.run_id, "--probe", "train", "--at", "1,0", "--layers")
+    assert by_folder == by_name
+    (row,) = by_name
+    assert (row["run"], row["step"]) == (run.run_id, 1)
+    assert read_run(row["path"]).read("snapshots/ntk_layer").shape == (2, 6, 40, 40)
+
+
+def test_kernel_takes_options_in_toml(copy, tmp_path):
+    np.savez(tmp_path / "new.npz", x=np.random.default_rng(0).normal(size=(5, 64)))
+    table = call(
+        "kernel", copy, "lr-0.1_seed-0", "--probe", tmp_path / "new.npz", "--kernel", '{name="nngp", depth=2}', "-q"
+    )
+    header, line = table.stdout.splitlines()
+    assert header.split() == ["run", "step", "kta", "kta_centred", "path"]
+    assert line.split()[2:4] == ["-", "-"], "a file without y has no alignment"
+    assert "analysis/kernel/nngp-new-" in line
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "said"),
+    [
+        (4, ["--probe", "absent.npz"], "absent.npz: there is no such file"),
+        (4, ["--probe", "train", "--at", "5"], "no snapshot at step 5; the nearest are at 4 and 6"),
+        (2, ["--probe", "train", "--at", "soon"], "--at soon: must be final, all or steps"),
+        (2, ["--probe", "train", "--kernel", "ntc"], 'kernel = "ntc": must be one of ntk, conjugate'),
+        (2, ["--probe", "train", "--kernel", "nngp"], "kernel.depth"),
+        (2, ["--probe", "train", "--kernel", '{name="nngp", depth=0}'], "kernel.depth = 0: must be at least 1"),
+        (2, ["--probe", "train", "--kernel", "{name="], "not a TOML value"),
+        (2, ["--probe", "train", "--kernel", "conjugate", "--layers"], "layers: of the kernel ntk only"),
+        (2, ["--probe", "WRONG"], "features of shape (5,)"),
+    ],
+    ids=["file", "step", "at", "kernel", "option", "value", "toml", "layers", "features"],
+)
+def test_kernel_refuses_in_one_line_and_writes_nothing(copy, tmp_path, code, options, said):
+    np.savez(tmp_path / "wrong.npz", x=np.ones((3, 5)))
+    options = [str(tmp_path / "wrong.npz") if option == "WRONG" else option for option in options]
+    assert said in refused(code, "kernel", list_runs(copy)[0].path, *options, "-q")
+    assert not (copy / "analysis").exists()
+
+
+def test_kernel_goes_on_after_a_run_that_fails_and_exits_3(copy):
+    broken, whole = list_runs(copy)
+    (broken.path / "snapshots" / "parameter" / "c.0.0").unlink()
+    (broken.path / "probe" / "input" / "c.0.0").unlink()
+    result = call("kernel", copy, "--probe", "train", "--json", "-q")
+    assert result.exit_code == 3
+    assert [row["run"] for row in json.loads(result.stdout)["rows"]] == [whole.run_id]
+    assert broken.run_id in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_kernel_of_a_model_by_import_path_needs_permission(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\n\ndef build(input_shape, outputs):\n    return nn.Linear(*input_shape, outputs)\n"
+    )
+    arguments = ["smoke", "--out", "s", *sets('model={import="theirs:build"}', "stop.steps=2", "learning_rate=0.01")]
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([COMMAND, *words, "-q"], cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("run", *arguments, "--allow-imports").returncode == 0
+    refusal = run("kernel", "s", "--probe", "test")
+    assert refusal.returncode == 2
+    assert "--allow-imports" in refusal.stderr
+    assert run("kernel", "s", "--probe", "test", "--allow-imports").returncode == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from pipeline.data import DATASETS, Data, is_labels, load_data
+from pipeline.data import DATASETS, Data, is_labels, load_data, read_arrays
 from pipeline.errors import InputError, MissingError
 from pipeline.seeds import stream
 
@@ -259,3 +259,45 @@ def test_every_dataset_keeps_the_contract(name, npz):
     assert data.sample_index.shape == (n,)
     assert (data.x.dtype, data.y.dtype, data.sample_index.dtype) == (np.float64, np.float64, np.int64)
     assert np.isfinite(data.x).all()
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_the_rest_of_the_digits_is_seen_as_the_chosen_ones_are():
+    pixels, digit = load_digits(return_X_y=True)
+    chosen, rest = load_data(digits(100), 3), load_data(digits(100), 3, rest=True)
+    assert sorted([*chosen.sample_index, *rest.sample_index]) == list(range(1797))
+    assert list(rest.sample_index) == sorted(rest.sample_index)
+    known = pixels[chosen.sample_index]
+    mean = known.mean(axis=0)
+    np.testing.assert_allclose(rest.x, (pixels[rest.sample_index] - mean) / (known - mean).std(), atol=1e-12)
+    np.testing.assert_array_equal(rest.y[:, 0] == 1, digit[rest.sample_index] < 5)
+
+
+@pytest.mark.parametrize("normalise", ["none", "global"])
+def test_the_rest_of_a_file(npz, normalise):
+    x, y = np.random.default_rng(0).normal(3, [1, 100], (50, 2)), np.arange(50.0)
+    path = npz(x=x, y=y)
+    chosen, rest = (load_data(arrays(path, n=20, normalise=normalise), 5, rest=rest) for rest in (False, True))
+    assert sorted([*chosen.y[:, 0], *rest.y[:, 0]]) == list(range(50))
+    np.testing.assert_array_equal(rest.y[:, 0], rest.sample_index)
+    known = x[chosen.sample_index]
+    scale = {"none": 1, "global": (known - known.mean(axis=0)).std()}[normalise]
+    shift = {"none": 0, "global": known.mean(axis=0)}[normalise]
+    np.testing.assert_allclose(rest.x, (x[rest.sample_index] - shift) / scale)
+
+
+def test_if_all_were_chosen_there_is_no_rest(npz):
+    path = npz(x=np.ones((4, 2)), y=np.ones(4))
+    with pytest.raises(InputError, match="all 4 examples were chosen, so none is left: give others"):
+        load_data(arrays(path), 0, rest=True)
+    with pytest.raises(InputError, match="all 1797 examples were chosen"):
+        load_data(digits(1797), 0, rest=True)
+
+
+def test_examples_may_come_without_targets(npz):
+    found = read_arrays(npz(x=np.ones((4, 2))), "--probe", ("x",))
+    assert found.keys() == {"x"}
+    with pytest.raises(InputError, match=r"--probe = .*: no array y, only \['x'\]"):
+        read_arrays(npz(x=np.ones((4, 2))), "--probe", ("x", "y"))
