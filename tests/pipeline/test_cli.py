@@ -292,7 +292,7 @@ def test_kernel_takes_options_in_toml(copy, tmp_path):
     ("code", "options", "said"),
     [
         (4, ["--probe", "absent.npz"], "absent.npz: there is no such file"),
-        (4, ["--probe", "train", "--at", "5"], "no snapshot at step 5; the nearest are at 4 and 6"),
+        (4, ["--probe", "train", "--at", "61"], "no snapshot at step 61; the nearest are at"),
         (2, ["--probe", "train", "--at", "soon"], "--at soon: must be final, all or steps"),
         (2, ["--probe", "train", "--kernel", "ntc"], 'kernel = "ntc": must be one of ntk, conjugate'),
         (2, ["--probe", "train", "--kernel", "nngp"], "kernel.depth"),
