@@ -386,8 +386,8 @@ def lanczos(
         operator: A (p, p), applied to tensors: a torch function, not a scipy LinearOperator, because p numbers would
             otherwise leave the device and lose their dtype at every product.
         k: number of pairs.
-        start: (p,) or (p, m), such as `vectors` of the last result, or Jᵀu_1 for a Hessian; None is a fixed random
-            block of k.
+        start: (p,) or (p, m), such as `vectors` of the last result, or Jᵀu_1 for a Hessian; vectors
+            that are missing to k are fixed random ones.
         tolerance: bound on ‖A v_i - λ_i v_i‖ / max |θ|, θ the Ritz values.
         products: most applications of A.
 
@@ -403,8 +403,11 @@ def lanczos(
     while True:
         values, vectors, residuals = space.ritz(k)
         norms = torch.linalg.vector_norm(residuals, dim=1).double().cpu()
-        small = len(values) == k and bool((norms <= tolerance * space.radius).all())
-        if small or len(space.rows) == operator.shape[0] or space.products >= products:
+        if (
+            bool((norms <= tolerance * space.radius).all())
+            or len(space.rows) == operator.shape[0]
+            or space.products >= products
+        ):
             return OperatorPairs(values, vectors.T, norms, space.products)
         if len(space.rows) >= BASIS + 2 * k:
             space.shrink(BASIS // 2 + k)
@@ -435,7 +438,7 @@ class _OperatorSpace:
         self._projected = grown
 
     def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest Ritz values, descending, their vectors and residuals as rows; fewer from a smaller space."""
+        """The k largest Ritz values, descending, their vectors and residuals as rows."""
         values, rotation = torch.linalg.eigh(self._projected)
         self._values, self._rotation = values.flip(0), rotation.flip(1)
         self.radius = float(values.abs().max())
@@ -452,24 +455,16 @@ class _OperatorSpace:
 
 
 def _direction(wanted: Tensor, rows: Tensor) -> Tensor:
-    """A unit vector orthogonal to the rows: along `wanted` if it has such a part, else a fixed random one."""
-    for seed in range(3):
-        vector = wanted / torch.linalg.vector_norm(wanted)
-        for _ in range(2):
-            vector = vector - (rows @ vector) @ rows
-            length = torch.linalg.vector_norm(vector)
-            vector = vector / length
-        # The second pass leaves a vector as it is, unless the first left nothing but rounding errors.
-        if length > 0.5:
-            return vector
-        wanted = _random(1, rows, seed)[0]
-    raise InputError(f"no vector is orthogonal to {len(rows)} rows of {rows.shape[1]} numbers")
+    """The unit vector along what of `wanted` is orthogonal to the rows."""
+    for _ in range(2):  # the second pass removes what rounding left of the rows, if little else was left
+        wanted = wanted - (rows @ wanted) @ rows
+        wanted = wanted / torch.linalg.vector_norm(wanted)
+    return wanted
 
 
-def _random(count: int, like: Tensor, seed: int) -> Tensor:
-    """Random rows that are the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, like.shape[-1], generator=generator, dtype=torch.float64).to(like)
+def _random(count: int, p: int, like: Tensor) -> Tensor:
+    """Random rows that are the same at every call and on every device."""
+    return torch.randn(count, p, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
 
 
 def _start_rows(operator: TensorOperator, k: int, start: Tensor | None, tolerance: float) -> Tensor:
@@ -479,14 +474,16 @@ def _start_rows(operator: TensorOperator, k: int, start: Tensor | None, toleranc
         raise InputError(f"k = {k} eigenpairs of an operator on {p} numbers: must be from 1 to {p}")
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance = {tolerance}: must be above 0 and below 1")
-    if start is None:
-        return torch.linalg.qr(_random(k, like.new_empty(0, p), seed=0).T)[0].T
-    given = start.detach().to(like).reshape(len(start), -1).T
-    if given.shape[1] != p or not 1 <= len(given) <= min(p, BASIS) or not bool(torch.isfinite(given).all()):
-        raise InputError(
-            f"start has shape {tuple(start.shape)}: must be ({p},) or ({p}, m) with few columns, and finite"
-        )
-    return torch.linalg.qr(given.T)[0].T
+    rows = like.new_empty(0, p)
+    if start is not None:
+        rows = start.detach().to(like).reshape(len(start), -1).T
+        if rows.shape[1] != p or len(rows) > min(p, BASIS) or not bool(torch.isfinite(rows).all()):
+            raise InputError(
+                f"start has shape {tuple(start.shape)}: must be ({p},) or ({p}, m) with few columns, and finite"
+            )
+    # As many vectors as pairs: from fewer, an eigenvalue of multiplicity k would be found fewer times.
+    rows = torch.cat([rows, _random(max(0, k - len(rows)), p, like)])
+    return torch.linalg.qr(rows.T)[0].T
 
 
 def _checked(kernel: NDArray[Any]) -> tuple[Array, float]:

@@ -352,6 +352,11 @@ def test_two_vectors_see_a_crossing():
     assert float(lanczos(Dense(matrix), start=start).values[0]) == pytest.approx(2)
 
 
+def test_an_exact_start_with_too_few_vectors_is_completed():
+    found = lanczos(Dense(np.diag([3.0, 2.0, 2.0, 1.0])), 3, start=torch.eye(4, dtype=torch.float64)[:, 0])
+    np.testing.assert_allclose(found.values, [3, 2, 2], rtol=1e-8)
+
+
 def test_operators_give_equal_bits():
     matrix = with_spectrum(power_law(100))
     first, again = (lanczos(Dense(matrix), 2) for _ in range(2))
