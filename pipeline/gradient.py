@@ -42,7 +42,7 @@ class FullBatch:
         layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         convolutions = any(isinstance(module, layers) for module in model.modules())
         if convolutions and x.ndim == 4 and _takes_channels_last(model, x):
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no hint for it
             x = x.contiguous(memory_format=torch.channels_last)
         step = PART if convolutions else len(x)
         self._model, self._criterion, self._n = model, criterion, len(x)
@@ -50,7 +50,8 @@ class FullBatch:
 
     def gradient(self, parameters: Sequence[Tensor]) -> FullGradient:
         """Loss, predictions and ∇L at the model's parameters as they are."""
-        loss, predictions, total = 0.0, [], []
+        loss, predictions = 0.0, []
+        total: list[Tensor] = []
         for x, y in self._parts:
             prediction = self._model(x)
             share = self._criterion(prediction, y)
