@@ -318,7 +318,8 @@ class Recorder:
         kernel = measured if self._c == 1 else np.einsum("abcc->ab", measured)
         values: dict[str, Any] = {}
         if due & {"spectra", "snapshots"}:
-            values["eigenvalue"], values["eigenvector"] = eigenpairs(kernel, self._k)
+            pairs = eigenpairs(kernel, self._k)
+            values["eigenvalue"], values["eigenvector"] = pairs.values, pairs.vectors
             with torch.no_grad():
                 values["prediction"] = self.model(x).numpy(force=True)
         if due & {"scalars", "snapshots"}:
