@@ -137,7 +137,17 @@ def _pools() -> ThreadpoolController:
 
 
 @contextmanager
-def blas_threads(count: int) -> Iterator[Any]:
-    """Hold BLAS to so many threads: two pools that wait for each other by spinning cost several times the work."""
-    with _pools().limit(limits=count, user_api="blas"):
-        yield
+def threads(*, blas: int, torch_: int) -> Iterator[None]:
+    """Give each pool so many threads; afterwards they have what they had.
+
+    Two pools that wait for each other by spinning cost several times the work, so one of them should have one thread.
+    """
+    before = torch.get_num_threads()
+    with _pools().limit(limits=blas, user_api="blas"):
+        try:
+            if torch_ != before:
+                torch.set_num_threads(torch_)
+            yield
+        finally:
+            if torch_ != before:
+                torch.set_num_threads(before)
