@@ -1,10 +1,10 @@
 """This project and the peers that need nothing but torch, numpy and scipy, in the project's own environment."""
 
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import curvature
 import networks
 import numpy as np
 import protocol
@@ -28,7 +28,7 @@ def prepare(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
     torch.set_num_threads(spec["threads"])
     if spec["method"] in KERNELS:
         return kernel_work(KERNELS[spec["method"]](), spec, arrays)
-    return OTHERS[spec["method"]](arrays)
+    return OTHERS[spec["method"]](spec, arrays)
 
 
 def kernel_work(kernel: Kernel, spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
@@ -150,30 +150,43 @@ def contracted(j: Tensor, outputs: str) -> Tensor:
     return (j.flatten(0, 1) @ j.flatten(0, 1).T).view(n, c, n, c).swapaxes(1, 2)
 
 
-# --- eigenpairs, training ----------------------------------------------------------------------------------------------
+# --- eigenpairs, training --------------------------------------------------------------------------------------------
 
 
-def pairs_ours(arrays: protocol.Arrays) -> protocol.Work:
+def pairs_ours(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
     """The leading eigenpairs of this project."""
     return work(lambda: eigenpairs(arrays["after"], PAIRS)[0])
 
 
-def pairs_eigh(arrays: protocol.Arrays) -> protocol.Work:
+def pairs_eigh(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
     """All eigenpairs by torch, in float64."""
     kernel = torch.from_numpy(arrays["after"]).double()
     return work(lambda: torch.linalg.eigh(kernel)[0].flip(0)[:PAIRS])
 
 
-def pairs_arpack(arrays: protocol.Arrays) -> protocol.Work:
+def pairs_arpack(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
     """ARPACK from a random vector, in the kernel's own float32."""
     start = np.random.default_rng(0).standard_normal(len(arrays["after"]))
     return work(lambda: eigsh(arrays["after"], PAIRS, v0=start)[0][::-1].copy())
 
 
-def training(snapshots: bool) -> Callable[[protocol.Arrays], protocol.Work]:
+def sharpness_eigsh(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
+    """The Hessian's largest eigenvalue by ARPACK from a random vector, as edge-of-stability code has it."""
+    model = networks.build("mlp", 1, arrays)
+    x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+
+    def run() -> np.ndarray:
+        hessian = curvature.hessian(model, x, y)
+        start = np.random.default_rng(0).standard_normal(hessian.shape[0])
+        return eigsh(hessian, 1, v0=start, tol=spec["tolerance"], return_eigenvectors=False)
+
+    return work(run)
+
+
+def training(snapshots: bool) -> protocol.Prepare:
     """Gradient descent on the MLP; recorded, it keeps kernel, eigenpairs and parameters at every tenth step."""
 
-    def prepared(arrays: protocol.Arrays) -> protocol.Work:
+    def prepared(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
         x, y, steps, rate = *map(torch.from_numpy, (arrays["x"], arrays["y"])), int(arrays["steps"]), 0.01
 
         def run() -> Tensor:
@@ -212,13 +225,13 @@ def training(snapshots: bool) -> Callable[[protocol.Arrays], protocol.Work]:
     return prepared
 
 
-# --- what the machine can do -------------------------------------------------------------------------------------------
+# --- what the machine can do -----------------------------------------------------------------------------------------
 
 
-def product(library: str) -> Callable[[protocol.Arrays], protocol.Work]:
+def product(library: str) -> protocol.Prepare:
     """A square product of float32, by which the floors are reckoned."""
 
-    def prepared(arrays: protocol.Arrays) -> protocol.Work:
+    def prepared(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
         a = arrays["x"]
         b = a.copy()  # numpy would take a product with itself for a symmetric one
         if library == "numpy":
@@ -237,10 +250,11 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "chunked": chunked,
     "one by one": one_by_one,
 }
-OTHERS: dict[str, Callable[[protocol.Arrays], protocol.Work]] = {
+OTHERS: dict[str, protocol.Prepare] = {
     "pairs": pairs_ours,
     "pairs eigh": pairs_eigh,
     "pairs arpack": pairs_arpack,
+    "sharpness eigsh": sharpness_eigsh,
     "recorded": training(True),
     "bare": training(False),
     "numpy": product("numpy"),
