@@ -15,8 +15,10 @@ from torch.func import functional_call, jacrev, vmap
 
 from pipeline.cadence import Cadence
 from pipeline.kernels import NTK, empirical_ntk
+from pipeline.losses import mse
+from pipeline.operators import HessianOperator
 from pipeline.record import Probe, Recorder
-from pipeline.spectra import eigenpairs
+from pipeline.spectra import eigenpairs, lanczos
 
 CHUNK = 100
 
@@ -154,8 +156,10 @@ def contracted(j: Tensor, outputs: str) -> Tensor:
 
 
 def pairs_ours(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
-    """The leading eigenpairs of this project."""
-    return work(lambda: eigenpairs(arrays["after"], PAIRS)[0])
+    """The leading eigenpairs of this project, from those of the snapshot before."""
+    options = {"tolerance": spec["tolerance"]} if "tolerance" in spec else {}
+    start = eigenpairs(arrays["before"], PAIRS, **options).start
+    return work(lambda: eigenpairs(arrays["after"], PAIRS, start=start, **options).values)
 
 
 def pairs_eigh(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
@@ -168,6 +172,18 @@ def pairs_arpack(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
     """ARPACK from a random vector, in the kernel's own float32."""
     start = np.random.default_rng(0).standard_normal(len(arrays["after"]))
     return work(lambda: eigsh(arrays["after"], PAIRS, v0=start)[0][::-1].copy())
+
+
+def sharpness_ours(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
+    """This project's, gradient and its graph included, from the eigenvector of the snapshot before."""
+    model = networks.build("mlp", 1, arrays)
+    x, y, vector = (torch.from_numpy(arrays[name]) for name in ("x", "y", "vector"))
+
+    def run() -> Tensor:
+        hessian = HessianOperator(model, mse, x, y)
+        return lanczos(hessian, start=vector, tolerance=spec["tolerance"]).values
+
+    return work(run)
 
 
 def sharpness_eigsh(spec: protocol.Spec, arrays: protocol.Arrays) -> protocol.Work:
@@ -254,6 +270,7 @@ OTHERS: dict[str, protocol.Prepare] = {
     "pairs": pairs_ours,
     "pairs eigh": pairs_eigh,
     "pairs arpack": pairs_arpack,
+    "sharpness": sharpness_ours,
     "sharpness eigsh": sharpness_eigsh,
     "recorded": training(True),
     "bare": training(False),
