@@ -7,7 +7,6 @@ share the tensors' memory. Of a symmetric kernel only the lower triangle is comp
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
