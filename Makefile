@@ -1,14 +1,15 @@
 # Each target does its own set-up in .venv*; a machine needs only make and Python 3.11 or newer (make PYTHON=python3.12).
 PYTHON ?= python3
 VENVS := .venv .venv-analysis .venv-plain
+PEERS := .venv-nngeometry .venv-neural-tangents
 SMOKE := .venv-plain/smoke
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test reliability lint bench constraints clean
+.PHONY: help demo test reliability lint bench bench-kernels constraints clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
-	  printf '  make %-12s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
+	  printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 demo: .venv/.stamp ## train the digits study, judge its claims, write its report
 	@.venv/bin/ntk-eos demo
@@ -40,6 +41,17 @@ lint: .venv/.stamp ## style, docstrings and types
 bench: .venv/.stamp ## costs as ratios, measured in one run
 	@.venv/bin/python tests/bench/run.py
 
+# It sets threads itself, 1 and then 2. BENCH passes options on: make bench-kernels BENCH='--rows cnn-500 --markdown t.md'.
+# Where OPENBLAS_CORETYPE is set, env -u OPENBLAS_CORETYPE make bench-kernels measures what OpenBLAS would choose.
+bench-kernels: .venv/.stamp $(PEERS:=/.stamp) ## kernels, eigenpairs and recording against peers, half an hour
+	@.venv/bin/python tests/bench/kernels.py $(BENCH)
+
+# A peer that cannot be installed is named in the table with pip's reason, and tried again the next time.
+$(PEERS:=/.stamp): .venv-%/.stamp: tests/bench/peers/%.txt
+	@echo "$(@D): installing the pinned packages (minutes the first time)"
+	@$(PYTHON) -m venv --clear $(@D)
+	-@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $< 2> $(@D)/error.txt && touch $@
+
 .venv/.stamp:          packages = -e '.[train,netcdf,distributed,dev]'
 .venv-analysis/.stamp: packages = -e . pytest hypothesis
 .venv-plain/.stamp:    packages = xarray zarr dask pytest
@@ -65,4 +77,4 @@ constraints: ## pin the newest releases that pyproject.toml allows (torch stays)
 	@rm -rf .venv-pins
 
 clean: ## remove environments and caches; stores and downloads stay
-	@rm -rf $(VENVS) .venv-pins .pytest_cache .ruff_cache .mypy_cache .hypothesis dist
+	@rm -rf $(VENVS) $(PEERS) .venv-pins .pytest_cache .ruff_cache .mypy_cache .hypothesis dist

@@ -1,4 +1,7 @@
-"""What is minimised: a registry of losses on predictions and targets (n, c), and the accuracy beside them."""
+"""What is minimised: a registry of losses on predictions and targets (n, c), and the accuracy beside them.
+
+Each loss is a mean over examples, so that the loss of a batch is the mean of those of its parts, by their sizes.
+"""
 
 from collections.abc import Callable
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config import File, RunConfig
 from pipeline.data import load_data
 from pipeline.errors import InputError
+from pipeline.gradient import FullBatch
 from pipeline.losses import LOSSES, accuracy
 from pipeline.models import build_model
 from pipeline.optim import UPDATES
@@ -54,7 +55,7 @@ def train(
         model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
         parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
         criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
-        state = rule.init(parameters)
+        state, batch = rule.init(parameters), FullBatch(model, criterion, x, y)
         recorder = Recorder(
             root,
             model,
@@ -91,14 +92,11 @@ def train(
                 recorder.extend()
             state |= {name: tensor.to(device) for name, tensor in recorder.restored_state.items()}
             for step in recorder:
-                prediction = model(x)
-                loss = criterion(prediction, y)
-                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                loss, prediction, gradients = batch.gradient(parameters)
                 measured = {"grad_norm": _norm(gradients)}
                 if data.labels:
-                    measured["accuracy"] = accuracy(prediction.detach(), y)
-                value = loss.item()
-                if not recorder.record(step, loss=value, last=run.stop.reached(value), **measured):
+                    measured["accuracy"] = accuracy(prediction, y)
+                if not recorder.record(step, loss=loss, last=run.stop.reached(loss), **measured):
                     break
                 if should_stop():
                     recorder.interrupt(step)

@@ -22,7 +22,7 @@ LAYERS = {
         "store",
         "config verify",
         "data models losses",
-        "kernels operators spectra optim",
+        "kernels operators spectra optim gradient",
         "measure",
         "record",
         "train",
@@ -46,16 +46,8 @@ LAYERS = {
     ],
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
-PURE = {
-    "data",
-    "models",
-    "losses",
-    "kernels",
-    "operators",
-    "spectra",
-    "optim",
-    "measure",
-}  # know no store and no study file
+# These know no store and no study file.
+PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli"}

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from pipeline.kernels.capture import capture, example_count, output_gradients, t
 from pipeline.kernels.generic import jacobians
 from pipeline.kernels.rules import Unstructured
 from pipeline.kernels.structure import Structure, channels_last, some, structure, unproven
-from pipeline.kernels.terms import Kept, Measured, Setting, Term, Where, terms_of
+from pipeline.kernels.terms import Kept, Measured, Product, Setting, Term, Where, terms_of
 
 Outputs = Literal["trace", "full"]
 Method = Literal["auto", "jacobian"]
@@ -114,28 +115,27 @@ class NTK:
 
     def _kernel(self, model: nn.Module, known: Structure) -> Any:
         """The kernel by way of a structure."""
-        sample = next(iter(trained(model).values()))
+        like = next(iter(trained(model).values())).detach()
         setting = Setting(known.c, self._full, _factors(self._weights, known))
-        terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(sample, names, setting.factors))
-        c = known.c if self._full else 1
-        size = self._block(known, terms, c, sample.element_size())
+        terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(like, names, setting.factors))
+        work = _Work(model, known, terms, like, known.c if self._full else 1)
+        size, c = self._block(work), work.c
         kernels: dict[str, Tensor] = {}
         for i, rows in enumerate(_blocks(self._n1, size)):
-            left = self._kept(model, known, terms, sample, self._x1, rows, "left")
+            left = self._kept(work, self._x1, rows, "left")
             for j, columns in enumerate(_blocks(self._n2, size)):
                 if self._symmetric and j > i:
                     break
                 same = self._symmetric and i == j
-                right = left if same else self._kept(model, known, terms, sample, self._x2, columns, "right")
-                parts = self._parts(terms, left, right, (rows, columns), c, sample)
+                right = left if same else self._kept(work, self._x2, columns, "right")
+                parts = self._parts(work, left, right, (rows, columns))
                 if size >= max(self._n1, self._n2):
                     kernels = parts
                     continue
                 for group, part in parts.items():
-                    whole = kernels.setdefault(
-                        group, self._buffer(f"whole {group}", sample, self._n1 * c, self._n2 * c)
-                    )
+                    whole = self._buffer(f"whole {group}", like, self._n1 * c, self._n2 * c)
                     whole[rows.start * c : rows.stop * c, columns.start * c : columns.stop * c] = part
+                    kernels[group] = whole
         for kernel in kernels.values():
             if self._symmetric:
                 gram.mirror(kernel)
@@ -145,17 +145,20 @@ class NTK:
             }
         return kernels if self._layers else kernels[""]
 
-    def _block(self, known: Structure, terms: list[Term], c: int, item: int) -> int:
+    def _block(self, work: "_Work") -> int:
         """How many examples are taken at once.
 
         Raises:
             InputError: if there is no room for two.
         """
-        most = max(self._n1, self._n2)
-        each = sum(math.prod(shape) for term in terms for shape in term.shapes) * item
-        fixed = 2 * min(gram.TILE, most) * most * c * item
-        generic = known.c * sum(known.sizes[name] for name in known.generic)
-        fixed += self._captured_at_once(known, most, item) * ((2 + known.c) * known.held + generic) * item
+        most, item = max(self._n1, self._n2), work.like.element_size()
+        each = sum(math.prod(shape) for term in work.terms for shape in term.shapes) * item
+        fixed = work.captured_at_once(most, self._memory) * work.captured_bytes
+        fixed += 2 * min(gram.TILE, most) * most * work.c * item
+        fixed += (
+            sum(term.inputs.numel() for term in work.terms if isinstance(term, Product) and term.inputs is not None)
+            * item
+        )
         if (self._n1 if self._symmetric else self._n1 + self._n2) * each + fixed <= self._memory:
             return most
         size = (self._memory - fixed) // (2 * each)
@@ -166,57 +169,46 @@ class NTK:
             )
         return size
 
-    def _captured_at_once(self, known: Structure, n: int, item: int) -> int:
-        """How many of n examples go through the model together."""
-        limits = (
-            (CAPTURE_BYTES, known.widest),
-            (self._memory // 4, (2 + known.c) * known.held),
-            (GENERIC_BYTES, known.c * sum(known.sizes[name] for name in known.generic)),
-        )
-        return max(1, min(n, *(bytes_ // (numbers * item) for bytes_, numbers in limits if numbers)))
-
-    def _kept(
-        self, model: nn.Module, known: Structure, terms: list[Term], like: Tensor, x: Any, rows: slice, side: str
-    ) -> list[Kept]:
+    def _kept(self, work: "_Work", x: Any, rows: slice, side: str) -> list[Kept]:
         """What the terms keep of some examples."""
-        n = rows.stop - rows.start
+        n, known = rows.stop - rows.start, work.known
         kept = [
-            tuple(self._buffer(f"{side} {term.names[0]} {i}", like, n, *shape) for i, shape in enumerate(term.shapes))
-            for term in terms
+            tuple(
+                self._buffer(f"{side} {term.names[0]} {i}", work.like, n, *shape) for i, shape in enumerate(term.shapes)
+            )
+            for term in work.terms
         ]
-        parameters = trained(model)
+        parameters = trained(work.model)
         names = {id(parameters[name]): name for name in known.calls}
-        step = self._captured_at_once(known, n, like.element_size())
-        with gram.blas_threads(1):
+        step = work.captured_at_once(n, self._memory)
+        with gram.threads(blas=1, torch_=torch.get_num_threads()):
             for start in range(0, n, step):
                 few = slice(start, min(n, start + step))
                 examples = some(x, slice(rows.start + few.start, rows.start + few.stop))
                 if known.images:
                     examples = channels_last(examples)
-                captured = capture(model, examples, names, known.copied) if names else None
+                captured = capture(work.model, examples, names, known.copied) if names else None
                 if captured:
                     known.check(captured)
                 measured = Measured(
                     captured,
                     output_gradients(captured) if captured else [],
-                    jacobians(model, examples, known.generic, known.c) if known.generic else {},
+                    jacobians(work.model, examples, known.generic, known.c) if known.generic else {},
                 )
                 with torch.no_grad():
-                    for term, tensors in zip(terms, kept, strict=True):
+                    for term, tensors in zip(work.terms, kept, strict=True):
                         term.fill(tuple(tensor[few] for tensor in tensors), measured)
         return kept
 
-    def _parts(
-        self, terms: list[Term], left: list[Kept], right: list[Kept], where: Where, c: int, like: Tensor
-    ) -> dict[str, Tensor]:
+    def _parts(self, work: "_Work", left: list[Kept], right: list[Kept], where: Where) -> dict[str, Tensor]:
         """The kernel of two blocks of examples; by name of tensor if the layers are kept apart."""
         height, width = (rows.stop - rows.start for rows in where)
         parts: dict[str, Tensor] = {}
-        with torch.no_grad(), gram.blas_threads(torch.get_num_threads()):
-            for term, one, two in zip(terms, left, right, strict=True):
+        with torch.no_grad(), gram.threads(blas=torch.get_num_threads(), torch_=1):
+            for term, one, two in zip(work.terms, left, right, strict=True):
                 group = term.names[0] if self._layers else ""
                 if group not in parts:
-                    parts[group] = self._buffer(f"part {group}", like, height * c, width * c).zero_()
+                    parts[group] = self._buffer(f"part {group}", work.like, height * work.c, width * work.c).zero_()
                 term.add(parts[group], one, two, where)
         return parts
 
@@ -225,7 +217,7 @@ class NTK:
         numbers = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < numbers or buffer.dtype != like.dtype or buffer.device != like.device:
-            buffer = self._buffers[name] = like.detach().new_empty(numbers)
+            buffer = self._buffers[name] = like.new_empty(numbers)
         return buffer[:numbers].view(shape)
 
     def _inputs(self, like: Tensor, names: tuple[str, str | None], factors: Mapping[str, float]) -> Tensor | None:
@@ -244,13 +236,55 @@ class NTK:
         scale, shift = factors.get(weight, 1.0), 0.0 if bias is None else factors.get(bias, 1.0)
         key = (self._digest, x1.shape, x2.shape, x1.dtype, x1.device, scale, shift)
         if key not in _grams:
-            with gram.blas_threads(torch.get_num_threads()):
+            with gram.threads(blas=torch.get_num_threads(), torch_=1):
                 product = gram.product(x1, x1 if self._symmetric else x2)
             _grams[key] = product.mul_(scale**2).add_(shift**2)
             while len(_grams) > GRAMS:
                 _grams.popitem(last=False)
         _grams.move_to_end(key)
         return _grams[key]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One evaluation.
+
+    Attributes:
+        model: what is evaluated.
+        known: its structure.
+        terms: the parts of its kernel.
+        like: a tensor of the kernel's dtype and device.
+        c: rows of the kernel per example.
+    """
+
+    model: nn.Module
+    known: Structure
+    terms: list[Term]
+    like: Tensor
+    c: int
+
+    @property
+    def generic_numbers(self) -> int:
+        """Of an example's gradients that take the generic path."""
+        return self.known.c * sum(self.known.sizes[name] for name in self.known.generic)
+
+    @property
+    def captured_bytes(self) -> int:
+        """Of an example while it goes through the model: what is captured and its gradients, and the generic ones.
+
+        Those are three times there: as torch.func makes them, chunk by chunk, joined, and in the order of outputs.
+        """
+        return ((2 + self.known.c) * self.known.held + 3 * self.generic_numbers) * self.like.element_size()
+
+    def captured_at_once(self, n: int, memory: int) -> int:
+        """How many of n examples go through the model together."""
+        item = self.like.element_size()
+        limits = (
+            (CAPTURE_BYTES, self.known.widest * item),
+            (GENERIC_BYTES, self.generic_numbers * item),
+            (memory // 4, self.captured_bytes),
+        )
+        return max(1, min(n, *(most // each for most, each in limits if each)))
 
 
 _grams: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()

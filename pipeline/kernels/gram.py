@@ -7,7 +7,6 @@ share the tensors' memory. Of a symmetric kernel only the lower triangle is comp
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from scipy.linalg.blas import dsyrk, ssyrk
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-TILE = 256  # rows: two tiles of products and one of the kernel then lie in the cache
+TILE = 384  # rows: enough for fast products, few enough that little above the diagonal is computed
 PAIR_BYTES = 16 * 2**20  # of the products of all pairs of positions of a tile
 
 
@@ -50,7 +49,7 @@ def add_gram(kernel: Tensor, one: Tensor, two: Tensor, scale: float = 1.0) -> No
         target[...] = result
 
 
-def tiles(m: int, n: int, lower: bool, step: int = TILE) -> Iterator[tuple[slice, slice]]:
+def tiles(m: int, n: int, lower: bool, step: int) -> Iterator[tuple[slice, slice]]:
     """Bands of rows and the columns that they need: all, or those up to the diagonal."""
     for start in range(0, m, step):
         rows = slice(start, min(m, start + step))
@@ -79,10 +78,9 @@ def add_hadamard(kernel: Tensor, inputs: "Tensor | tuple[Tensor, Tensor]", b1: T
             p = inputs[rows, columns]
         else:
             p = product(inputs[0][rows], inputs[1][columns], buffers[0][: height * width].view(height, width))
-        if c == 1:
-            q *= p
-        else:
-            q.view(height, c, width, c).mul_(p[:, None, :, None])
+        if c > 1:
+            p = p.repeat_interleave(c, dim=1)  # an inner loop of c numbers would be a slow one
+        q.view(height, c, width * c).mul_(p[:, None])
         kernel[rows.start * c : rows.stop * c, : width * c] += q
 
 
@@ -97,7 +95,7 @@ def add_diagonal(kernel: Tensor, a1: Tensor, a2: Tensor, c: int) -> None:
     """
     m, n = len(a1), len(a2)
     diagonal = kernel.view(m, c, n, c).diagonal(dim1=1, dim2=3)  # (m, n, c)
-    for rows, columns in tiles(m, n, a2 is a1):
+    for rows, columns in tiles(m, n, a2 is a1, TILE):
         diagonal[rows, columns] += product(a1[rows], a2[columns])[:, :, None]
 
 
@@ -138,7 +136,17 @@ def _pools() -> ThreadpoolController:
 
 
 @contextmanager
-def blas_threads(count: int) -> Iterator[Any]:
-    """Hold BLAS to so many threads: two pools that wait for each other by spinning cost several times the work."""
-    with _pools().limit(limits=count, user_api="blas"):
-        yield
+def threads(*, blas: int, torch_: int) -> Iterator[None]:
+    """Give each pool so many threads; afterwards they have what they had.
+
+    Two pools that wait for each other by spinning cost several times the work, so one of them should have one thread.
+    """
+    before = torch.get_num_threads()
+    with _pools().limit(limits=blas, user_api="blas"):
+        try:
+            if torch_ != before:
+                torch.set_num_threads(torch_)
+            yield
+        finally:
+            if torch_ != before:
+                torch.set_num_threads(before)

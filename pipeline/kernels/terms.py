@@ -127,7 +127,7 @@ class Product(Term):
 
     def __init__(self, setting: Setting, name: str, weight: Weight, bias: str | None, inputs: Tensor | None) -> None:
         self.names = (name,) if bias is None else (name, bias)
-        self._setting, self._inputs = setting, inputs
+        self._setting, self.inputs = setting, inputs
         own = () if inputs is not None else ((weight.inputs + (bias is not None),),)
         self.shapes = ((setting.c, weight.outputs), *own)
 
@@ -146,7 +146,7 @@ class Product(Term):
         c = self._setting.c if self._setting.full else 1
         b1 = one[0].view(len(one[0]) * c, -1)
         b2 = b1 if two is one else two[0].view(len(two[0]) * c, -1)
-        gram.add_hadamard(kernel, (one[1], two[1]) if self._inputs is None else self._inputs[where], b1, b2, c)
+        gram.add_hadamard(kernel, (one[1], two[1]) if self.inputs is None else self.inputs[where], b1, b2, c)
 
 
 @final

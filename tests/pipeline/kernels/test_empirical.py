@@ -3,6 +3,8 @@
 import copy
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +310,43 @@ def test_more_examples_than_are_captured_at_once(monkeypatch):
     for name in ("Conv2d", "ViT", "mlp"):
         model, x = CASES[name]()
         close(empirical_ntk(model, x), oracles.trace(oracles.ntk(model, x)))
+
+
+PEAK = """
+import sys, torch
+from torch import nn
+from pipeline.kernels import NTK
+def peak():  # ru_maxrss would start from that of the process which forked this one
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+torch.set_num_threads(1)
+model = nn.Sequential(*eval(sys.argv[1]))
+x = torch.randn(int(sys.argv[2]), *eval(sys.argv[3]))
+NTK(x[:2])(model)
+before = peak()
+NTK(x, memory=int(sys.argv[4]))(model)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of Linux")
+@pytest.mark.parametrize(
+    ("layers", "n", "shape"),
+    [
+        ("[nn.Linear(40, 300), nn.Tanh(), nn.LayerNorm(300), nn.Linear(300, 300), nn.Flatten(), nn.Linear(4800, 1)]",
+         500, (16, 40)),
+        ("[nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.Flatten(), nn.Linear(18432, 1)]",
+         300, (3, 16, 16)),
+        ("[nn.PReLU(), nn.Conv1d(16, 512, 9, groups=2), nn.Flatten(), nn.Linear(16384, 1)]",
+         400, (16, 40)),
+    ],
+    ids=["tokens", "images", "generic"],
+)  # fmt: skip
+def test_the_peak_memory_stays_under_the_budget(layers, n, shape):
+    """Each of them has more than 80 MB of gradients."""
+    memory, slack = 48 * 2**20, 24 * 2**20  # slack: the allocator's, and the first use of libraries
+    command = [sys.executable, "-c", PEAK, layers, str(n), repr(shape), str(memory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=GOLDEN.parents[2])
+    assert int(done.stdout) < memory + n * n * 4 + slack
 
 
 @settings(max_examples=40, deadline=None)
