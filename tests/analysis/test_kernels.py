@@ -1,19 +1,29 @@
 """Other kernels in the place of the NTK: every measure against numpy on the stored arrays."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
 from mock_store import CADENCES, mock_run, mock_store
 
 import analysis
+from analysis.catalog import query
+from analysis.export import export_store
 from analysis.results import analyze
 from pipeline import schema
 from pipeline.cadence import Cadence
 from pipeline.errors import InputError
-from pipeline.store import run_path
+from pipeline.store import read_run, run_path
 from pipeline.verify import verify_root
 
 N, C, K = 9, 2, 4
+
+# The query that the page shows.
+PAGE = (Path(__file__).parents[2] / "docs" / "catalogue.md").read_text()
+COSTS = re.search(r"-- what recording cost.*?;", PAGE, re.DOTALL).group()
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +147,18 @@ def test_a_store_with_more_is_verified_analysed_and_read_plainly(root):
     assert tree["snapshots"].ntk_layer.dims == ("step", "layer", "sample", "sample2")
     assert tree["hessian"].hessian_eigenvalue.dims == ("step", "hessian_eig")
     tree.close()
+
+
+def test_a_store_with_more_is_exported(root, tmp_path):
+    pytest.importorskip("h5netcdf")
+    paths = list(export_store(root, "netcdf", tmp_path))
+    assert len(paths) == 2
+    with xr.open_datatree(paths[0], engine="h5netcdf") as tree:
+        run = read_run(run_path(root, paths[0].stem))
+        np.testing.assert_array_equal(tree["snapshots"].ntk_layer, run.read("snapshots/ntk_layer"))
+        assert json.loads(tree["snapshots"].ntk_layer.attrs["names"]) == ["W", "A"]
+
+
+def test_the_catalogue_has_the_costs_of_each_run(root):
+    (cost,) = {row[1:] for row in query(root, COSTS).rows}
+    assert cost == (pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1))
