@@ -582,7 +582,7 @@ def _replayed(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     from pipeline.replay import replay
 
     found = replay(path, **options)
-    last = alignment(open_run(found).isel(snapshot=[-1])).compute()
+    last = alignment(open_run(found).isel(snapshot=[-1]))[["kta", "kta_centred"]].compute()
     alignments = {name: float(last[name].item()) for name in ("kta", "kta_centred")}
     return {"run": path.stem, "step": int(last["step"].item()), **alignments, "path": str(found)}
 

@@ -31,6 +31,9 @@ from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, lanczos, to
 
 PARTS = ("kernel", "eigenpairs", "scalars", "other_kernels", "hessian")
 
+# Kernels that do not depend on the model: what they are is measured once.
+CONSTANT = ("nngp", "infinite_ntk")
+
 # A kernel as a study file spells it: its name, or a table of its name and options.
 KernelChoice = str | Mapping[str, Any]
 
@@ -42,12 +45,16 @@ class _Watched:
     Attributes:
         prefix: stands in front of the names of its variables.
         evaluate: model -> kernel (n, n), or (n, n, c, c) for all pairs of outputs.
+        constant: whether it is the same for every model.
         start: where its eigensolver goes on.
+        known: what was measured of a constant kernel.
     """
 
     prefix: str
     evaluate: Callable[[nn.Module], Tensor]
+    constant: bool
     start: NDArray[np.float64] | None = None
+    known: dict[str, Any] | None = None
 
 
 class Measure:
@@ -88,8 +95,8 @@ class Measure:
         self._n = len(x)
         self._c = outputs or (1 if y is None else y.shape[1])
         first, *others = [named(kernel) for kernel in kernels]
-        self._main = _Watched("", self._evaluator(first))
-        self._others = [_Watched(f"{kernel['name']}_", self._evaluator(kernel)) for kernel in others]
+        self._main = self._watched(first, "")
+        self._others = [self._watched(kernel, f"{kernel['name']}_") for kernel in others]
         self._layers = NTK(x, layers=True) if layers else None
         self._criterion, self._hessian_k = criterion, hessian_eigenpairs
         self._hessian_start: Tensor | None = None
@@ -106,11 +113,11 @@ class Measure:
         n, c = self._n, self._c
         return {"sample": n, "sample2": n, "output": c, "output2": c, "eig": self._k, "hessian_eig": self._hessian_k}
 
-    def _evaluator(self, kernel: Mapping[str, Any]) -> Callable[[nn.Module], Tensor]:
+    def _watched(self, kernel: Mapping[str, Any], prefix: str) -> _Watched:
         options = {name: value for name, value in kernel.items() if name != "name"}
         if kernel["name"] == "ntk":
             options = {"outputs": "trace" if self._c == 1 else "full", **options}
-        return KERNELS[kernel["name"]](self._x, **options)
+        return _Watched(prefix, KERNELS[kernel["name"]](self._x, **options), kernel["name"] in CONSTANT)
 
     def rows(self, model: nn.Module, due: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The variables of the groups that are due, but for those of every row.
@@ -163,6 +170,10 @@ class Measure:
         self, watched: _Watched, model: nn.Module, due: set[str], parts: tuple[str, str, str]
     ) -> dict[str, Any]:
         """What is measured of one kernel, by name of variable."""
+        if watched.known is not None:
+            return watched.known
+        if watched.constant:
+            due = {"scalars", "snapshots", "spectra"}
         evaluating, solving, summing = parts
         values: dict[str, Any] = {}
         with self._timed(evaluating):
@@ -177,7 +188,7 @@ class Measure:
         with self._timed(solving):
             if due & {"spectra", "snapshots"}:
                 pairs = eigenpairs(exact, self._k, start=watched.start)
-                watched.start = pairs.start
+                watched.start = None if watched.constant else pairs.start
                 values |= {"eigenvalue": pairs.values, "eigenvector": pairs.vectors}
                 values |= {"eigenvalue_residual": pairs.residuals, "solver_iterations": pairs.iterations}
             if due & {"scalars", "snapshots"}:
@@ -187,7 +198,9 @@ class Measure:
         values["ntk"] = kernel
         if pairs_of_outputs:
             values["ntk_full"] = measured.swapaxes(1, 2)
-        return {f"{watched.prefix}{name}": value for name, value in values.items()}
+        found = {f"{watched.prefix}{name}": value for name, value in values.items()}
+        watched.known = found if watched.constant else None
+        return found
 
     def _sums(self, kernel: NDArray[np.float64]) -> dict[str, Any]:
         # Sums over a kernel that is about to diverge may overflow: its row is then refused as not finite.
