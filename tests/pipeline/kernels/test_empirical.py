@@ -507,6 +507,17 @@ def test_inputs_are_multiplied_once_for_all_kernels_on_them(monkeypatch):
     close(empirical_ntk(mlp((33, 7, 6, 1)), other), oracles.trace(oracles.ntk(mlp((33, 7, 6, 1)), other)))
 
 
+def test_only_some_products_of_inputs_are_kept(monkeypatch):
+    from pipeline.kernels import empirical
+
+    monkeypatch.setattr(empirical, "GRAM_BYTES", 2 * 40 * 40 * 8)
+    empirical._grams.clear()
+    for seed in range(5):
+        x = randn(40, 33, seed=seed)
+        close(empirical_ntk(mlp((33, 7, 6, 1)), x), oracles.trace(oracles.ntk(mlp((33, 7, 6, 1)), x)))
+    assert len(empirical._grams) == 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_behind(method):
     model, x = mlp(), randn(6, 5)
