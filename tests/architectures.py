@@ -167,6 +167,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "Conv2d stride wider than the kernel": (IMAGE, lambda: nn.Conv2d(4, 3, 2, stride=3)),
     "Conv2d patches": (IMAGE, lambda: nn.Conv2d(4, 3, 3, stride=3)),
     "Conv2d same": (IMAGE, lambda: nn.Conv2d(4, 3, 3, padding="same")),
+    "Conv2d same of even width": (IMAGE, lambda: nn.Conv2d(4, 3, (2, 4), padding="same")),
     "Conv2d same dilation 2": (IMAGE, lambda: nn.Conv2d(4, 3, 3, padding="same", dilation=2)),
     "Conv2d valid": (IMAGE, lambda: nn.Conv2d(4, 3, (2, 3), padding="valid")),
     "Conv2d dilation (1, 2)": (IMAGE, lambda: nn.Conv2d(4, 3, 3, padding=1, dilation=(1, 2))),

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import first_tensor, mapped
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # a case
+
 
 def per_example(model, x):
     """The output of each example in a batch of its own."""

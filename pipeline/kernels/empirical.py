@@ -36,8 +36,8 @@ MEMORY = 2**30
 # Of the widest output captured at once: larger buffers are fresh pages of the system every time.
 CAPTURE_BYTES = 2**22
 GENERIC_BYTES = 2**26  # of the gradients that the generic path gives at once
-# Gram matrices of examples that are kept: those of a few datasets, for all their steps and learning rates.
-GRAMS = 4
+# Of the Gram matrices that are kept beside the newest: those of a few datasets, for all steps and learning rates.
+GRAM_BYTES = 2**27
 
 
 class NTK:
@@ -238,9 +238,9 @@ class NTK:
         if key not in _grams:
             with gram.threads(blas=torch.get_num_threads(), torch_=1):
                 product = gram.product(x1, x1 if self._symmetric else x2)
-            _grams[key] = product.mul_(scale**2).add_(shift**2)
-            while len(_grams) > GRAMS:
+            while sum(kept.numel() * kept.element_size() for kept in _grams.values()) > GRAM_BYTES:
                 _grams.popitem(last=False)
+            _grams[key] = product.mul_(scale**2).add_(shift**2)
         _grams.move_to_end(key)
         return _grams[key]
 

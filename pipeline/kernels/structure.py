@@ -60,7 +60,8 @@ class Structure:
     Attributes:
         c: outputs.
         weights: by name, the tensors for which products of captured tensors are an alternative to their gradients.
-        calls: the kinds of calls that take each tensor whose gradients follow from them, by name.
+        calls: the kinds of calls that take each tensor whose gradients follow from them, by name; none for a tensor
+            that was not used.
         generic: names of the others.
         sizes: numbers in each tensor, by name.
         copied: calls that have to copy what the model changes in place afterwards.
@@ -71,7 +72,7 @@ class Structure:
 
     c: int
     weights: dict[str, Weight]
-    calls: dict[str, tuple[type[Use], ...]]
+    calls: dict[str, tuple[type[Use], ...] | None]
     generic: tuple[str, ...]
     sizes: dict[str, int]
     copied: frozenset[int]
@@ -160,8 +161,8 @@ def channels_last(x: Any) -> Any:
     return tree_map(converted, x)
 
 
-def _kinds(uses: list[Use] | None) -> tuple[type[Use], ...]:
-    return tuple(type(use) for use in uses or ())
+def _kinds(uses: list[Use] | None) -> tuple[type[Use], ...] | None:
+    return None if uses is None else tuple(type(use) for use in uses)
 
 
 def _all(captured: Captured) -> Iterator[Use]:
@@ -195,7 +196,7 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
     return Structure(
         c=captured.result.shape[1],
         weights=_weights(captured, uses, x),
-        calls={name: _kinds(found) for name, found in uses.items()},
+        calls={name: _kinds(captured.uses[name]) for name in (*uses, *absent) if captured.uses[name] is not None},
         generic=tuple(name for name in tensors if name not in uses and name not in absent),
         sizes={name: tensor.numel() for name, tensor in tensors.items()},
         copied=frozenset(copied),

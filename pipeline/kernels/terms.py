@@ -242,7 +242,7 @@ def terms_of(
         inputs: A Aᵀ + 1 of the examples themselves for a weight and its bias, or None.
     """
     found: list[Term] = []
-    left = [name for name in known.sizes if name in known.calls or name in known.generic]
+    left = [name for name in known.sizes if known.calls.get(name) or name in known.generic]
     for name, weight in known.weights.items():
         kind, bias = _kind(weight, setting), None if layers else weight.bias
         if kind is Product:
