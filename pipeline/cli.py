@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.errors import NtkEosError
 if TYPE_CHECKING:
     from analysis.judge import Judgement
     from pipeline.config import RunConfig, Study
+    from pipeline.sweep import Outcome
 
 STORES = Path("data/stores")
 EXITS = """\b
@@ -175,10 +177,12 @@ def plan(
 ) -> None:
     """Show what `run` would do: the grid, rows, bytes, and the time it takes at most."""
     from pipeline.plan import plan_study
+    from pipeline.store import check_root
     from pipeline.sweep import default_workers
 
     loaded, root = _load(study, overrides, root)
     _check_training()
+    check_root(root)
     with console.Progress("timing a few steps", quiet):
         planned = plan_study(loaded, root, workers or default_workers(loaded.runs()))
     console.show([run.as_row() for run in planned.runs], as_json=as_json)
@@ -218,7 +222,7 @@ def run(
 
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
-    from pipeline.plan import plan_runs
+    from pipeline.plan import check_start, plan_runs
     from pipeline.store import FINAL, check_root, read_run, relabel, run_path
     from pipeline.sweep import sweep
 
@@ -240,6 +244,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     if not runs:
         click.echo(f"nothing to do: all {len(planned)} runs of {study.name} in {root} are done", err=True)
         return 0
+    check_start([one for one in planned if one.state != "done"], root)
     outcomes, said = [], set()
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
         watch = _Watch(runs, root, progress)
@@ -253,16 +258,34 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
             watch.ended(outcome.run_id)
             if outcome.error and outcome.error not in said:
                 said.add(outcome.error)
-                progress.warn(f"error: {outcome.run_id}: {outcome.error}")
+                where = "" if outcome.run_id in outcome.error else f"{outcome.run_id}: "
+                progress.warn(f"error: {where}{outcome.error}")
                 if outcome.detail:
                     progress.warn(outcome.detail)
+        progress.end(_endings(outcomes, root))
     if signals.caught is not None:
-        click.echo(f"interrupted; what was measured is saved in {root}, the same command goes on from there", err=True)
+        saved = f"what was measured is saved in {root}, the same command goes on from there"
+        measured = any(run_path(root, run.run_id).exists() for run in runs)
+        click.echo(f"interrupted; {saved if measured else 'nothing was measured yet'}", err=True)
         return 128 + signals.caught
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
     if not failed:
         return 0
     return 3 if len(failed) < len(planned) else failed[0].exit_code or 1
+
+
+def _endings(outcomes: Sequence["Outcome"], root: str) -> str:
+    """How the runs of a sweep ended: `2 complete, 1 diverged (loss at step 14 is inf)`."""
+    from pipeline.store import read_run, run_path
+
+    parts = []
+    for status, count in Counter(outcome.status for outcome in outcomes).items():
+        reasons: dict[str, None] = {}
+        if status == "diverged":
+            runs = [read_run(run_path(root, outcome.run_id)) for outcome in outcomes if outcome.status == status]
+            reasons = dict.fromkeys(run.attrs["stop_reason"] for run in runs)
+        parts.append(f"{count} {status}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return ", ".join(parts)
 
 
 class _Signals:
@@ -375,6 +398,8 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
     with console.Progress(f"analysing {root}", quiet) as progress:
         summary = results.analyze(root, progress=progress.update)
         catalog.sync(root)
+        if all(row["state"] == "fresh" for row in summary):
+            progress.end("")
     return summary
 
 

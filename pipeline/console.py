@@ -93,6 +93,7 @@ class Progress:
 
     def __init__(self, label: str, quiet: bool = False) -> None:
         self._label, self._quiet = label, quiet
+        self._ending = "done"
         self._started = self._said = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -120,8 +121,12 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is None:
-            self.say(f"{self._label}: done in {seconds_text(time.monotonic() - self._started)}")
+        if kind is None and self._ending:
+            self.say(f"{self._label}: {self._ending} in {seconds_text(time.monotonic() - self._started)}")
+
+    def end(self, ending: str) -> None:
+        """What the last line says instead of `done`; nothing is said where it is empty, or after an error."""
+        self._ending = ending
 
     def update(self, fraction: float, note: str = "") -> None:
         """Show that `fraction` of the work is done, with the time left estimated from the time it took."""

@@ -3,7 +3,7 @@
 import functools
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import numpy as np
 
 from pipeline import schema
 from pipeline.cadence import row_capacity
-from pipeline.config import File, RunConfig, Study, needs_import
+from pipeline.config import File, Imported, RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
 from pipeline.data import load_data
+from pipeline.disk import Directory
 from pipeline.errors import InputError
-from pipeline.store import FINAL, RECORD, Run, chain_seed, read_run, run_path
+from pipeline.store import FINAL, LEASE, RECORD, Run, chain_seed, read_run, run_path
 
 TIMED_STEPS = 40
 
@@ -154,6 +155,37 @@ def _check_data(config: RunConfig, run: Run) -> None:
             f"run {run.run_id} was recorded on other data than {config.data.file} holds now: write to another root, "
             f"or remove {run.path}"
         )
+
+
+def check_start(planned: Sequence[Planned], root: str) -> None:
+    """Refuse in one place what would end every one of these runs at its start.
+
+    Args:
+        planned: runs that are to be trained now.
+        root: folder of their store.
+
+    Raises:
+        RunLocked: if another process writes all of them.
+        InputError: if the device of all of them is not there, or the imported model of all of them cannot be used.
+    """
+    runs = [one.config for one in planned]
+    first = runs[0]
+    if all(one.state == "running" for one in planned):
+        with Directory(run_path(root, first.run_id)).lease(LEASE, b"a check"):
+            pass  # its writer has ended meanwhile
+    device = first.compute.device
+    if device != "cpu" and all(run.compute.device == device for run in runs):
+        import torch
+
+        if not (torch.cuda if device.startswith("cuda") else torch.backends.mps).is_available():
+            raise InputError(f"compute.device = {device!r}: torch finds no such device here; use 'cpu'")
+    if isinstance(first.model, Imported) and all(run.model == first.model for run in runs):
+        import torch
+
+        from pipeline.models import build_model
+
+        _, features, outputs = first.data.shape()
+        build_model(first.model, features, outputs, first.seed, getattr(torch, first.compute.dtype))
 
 
 def _seconds_per_step(config: RunConfig) -> float | None:

@@ -197,7 +197,7 @@ CLAIMS = {
             changes=(
                 "2026-11-24: learning rates that crossed in some seeds only are left out, as in the other claims; they "
                 "had left the claim underpowered. No verdict on the shipped study changed.",
-                "2026-11-25: a run without a falling or without a rising step after its crossing makes it underpowered; "
+                "2026-11-25: a run without a falling or a rising step after its crossing makes it underpowered; "
                 "such a learning rate had made it fail. No verdict on the shipped study changed.",
             ),
         ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main
+from pipeline.cli import _endings, main
 from pipeline.store import list_runs
+from pipeline.sweep import Outcome
 
 COMMAND = Path(sys.executable).with_name("ntk-eos")
 SMALL = [
@@ -127,6 +129,21 @@ def test_run_fills_the_store_and_does_nothing_the_second_time(store):
     assert {row["state"] for row in planned} == {"done"}
 
 
+def test_the_last_line_of_a_run_says_how_its_runs_ended(tmp_path):
+    overrides = sets("learning_rate=[0.1, 1e30]", "stop.steps=4", "model.activation=relu")
+    result = call("run", "smoke", "--out", tmp_path / "s", *overrides)
+    assert result.exit_code == 0
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(r"training 2 runs of smoke: 1 complete, 1 diverged \(.* at step \d+ is .*\) in \d+ s", last), (
+        last
+    )
+
+
+def test_runs_are_counted_by_their_ends(store):
+    outcomes = [Outcome(f"run-{i}", status) for i, status in enumerate(["complete", "failed", "complete"])]
+    assert _endings(outcomes, str(store)) == "2 complete, 1 failed"
+
+
 def test_status_lists_every_run(store):
     listed = rows("status", store)
     assert [row["run"] for row in listed] == [run.run_id for run in list_runs(store)]
@@ -170,9 +187,9 @@ def test_missing_values_are_null_in_json(store):
 
 def test_analyze_computes_once(store):
     call("analyze", store)
-    again = rows("analyze", store)
-    assert again
-    assert {row["state"] for row in again} == {"fresh"}
+    again = call("analyze", store, "--json")
+    assert {row["state"] for row in json.loads(again.stdout)["rows"]} == {"fresh"}
+    assert again.stderr == "", "nothing was computed, so nothing is said to be done"
 
 
 def test_claims_are_judged_and_too_few_seeds_are_underpowered(store):
@@ -299,9 +316,11 @@ def test_a_root_that_cannot_be_written_or_is_something_else_is_refused(tmp_path)
     line = refused(2, "run", "smoke", "--out", tmp_path / "file" / "s", "-q")
     assert "cannot create" in line
     assert "is a file" in line
+    assert refused(2, "plan", "smoke", "--out", tmp_path / "file" / "s") == line
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
-    assert "is not a store" in refused(2, "run", "smoke", "--out", tmp_path / "photos", "-q")
+    for command in ("run", "plan"):
+        assert "is not a store" in refused(2, command, "smoke", "--out", tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
@@ -330,16 +349,34 @@ def test_bad_or_writing_sql_is_one_line_and_changes_nothing(store, query, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_only_the_workers_find_is_one_line_too_and_writes_nothing(tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch, device):
     import torch
 
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the device")
-    result = call("run", "smoke", "--out", tmp_path / "s", "-q", *sets("compute.device=cuda"))
-    assert result.exit_code == 2
-    assert "torch finds no such device" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    line = refused(2, "run", "smoke", "--out", tmp_path / "s", *sets(f"compute.device={device}"))
+    assert "torch finds no such device" in line
     assert not (tmp_path / "s").exists()
+
+
+def test_a_model_that_cannot_be_imported_is_one_line(tmp_path):
+    override = 'model={import="no_such_module:build"}'
+    line = refused(2, "run", "smoke", "--out", tmp_path / "s", "--allow-imports", "--set", override)
+    assert "importing no_such_module failed" in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_interrupt_before_anything_was_measured_says_so(tmp_path, monkeypatch):
+    def stopped(runs, root, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return iter([Outcome(run.run_id, "interrupted") for run in runs])
+
+    monkeypatch.setattr("pipeline.sweep.sweep", stopped)
+    result = call("run", "smoke", "--out", tmp_path / "s")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted; nothing was measured yet"
+    assert "done" not in result.stderr
 
 
 def test_an_edited_title_and_claims_reach_runs_that_are_done(tmp_path):
@@ -386,12 +423,13 @@ def test_a_run_that_somebody_else_writes_is_locked(tmp_path):
         patience = time.monotonic() + 60
         while not any((tmp_path / "s").glob("runs/*.zarr/run.json")) and time.monotonic() < patience:
             time.sleep(0.05)
-        result = call(*arguments, "-q")
+        line = refused(5, *arguments)
         writer.send_signal(signal.SIGINT)
         said = writer.communicate(timeout=60)[1]
-    assert result.exit_code == 5
-    assert "is being written by process" in result.stderr
+    assert "is being written by process" in line
+    assert line.count("lr-0.05_seed-0") == 1
     assert writer.returncode == 130
+    assert "done in" not in said
     assert "what was measured is saved" in said
     assert [row["status"] for row in rows("status", tmp_path / "s")] == ["interrupted"]
 
