@@ -1,9 +1,9 @@
 """The catalogue: a DuckDB file of tables derived from the runs of a store and from the results of its measures.
 
 It is an index, not the truth: `sync` reads the runs that changed since the last time into a private copy and publishes
-that by one rename; everybody else opens the file read-only. Deleting it loses nothing. A store that cannot be written and
-has none that is up to date gets one in the user's cache. Its tables are those of `analysis.tables`. Missing is NULL,
-never NaN.
+that by one rename; everybody else opens the file read-only. Deleting it loses nothing. For a store that cannot be written,
+and has none that is up to date, it is built in the user's cache. Its tables are those of `analysis.tables`. Missing is
+NULL, never NaN.
 """
 
 import hashlib
@@ -233,7 +233,10 @@ def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckD
 def _folder(root: str | os.PathLike[str]) -> Path:
     """Where the catalogue of a store lies: in the store, or in the user's cache if it cannot be brought up to date."""
     store = runs_directory(root).path.parent
-    if _writable(store) or (known := _known(store / NAME)) is not None and known == _fingerprints(root, known):
+    if _writable(store):
+        return store
+    known = _known(store / NAME)
+    if known is not None and known == _fingerprints(root, known):
         return store
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = caches / "ntk-eos" / hashlib.blake2b(os.fsencode(store.resolve()), digest_size=8).hexdigest()

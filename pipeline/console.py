@@ -23,10 +23,19 @@ def coloured(stream: Any) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "nothing to show") -> None:
-    """Print rows as an aligned table, or as one JSON object {"schema": 1, "rows": [...]} (NaN becomes null)."""
+def show(
+    rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "nothing to show", **further: Mapping[str, Any]
+) -> None:
+    """Print rows as an aligned table, or as one JSON object {"schema": 1, "rows": [...]} (NaN becomes null).
+
+    Args:
+        rows: what to print, all with the same keys.
+        as_json: as JSON.
+        empty: what to say on stderr where there are no rows.
+        **further: entries of the JSON object beside the rows.
+    """
     if as_json:
-        click.echo(json.dumps({"schema": 1, "rows": [_plain(dict(row)) for row in rows]}, default=str))
+        click.echo(json.dumps(_plain({"schema": 1, "rows": list(rows), **further}), default=str))
         return
     if not rows:
         click.echo(empty, err=True)

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from analysis.judge import CHANGES
+from pipeline import cli
 from pipeline.cli import _endings, main
 from pipeline.store import list_runs
 from pipeline.sweep import Outcome
@@ -107,6 +109,8 @@ def test_completion_offers_studies_stores_and_runs(store, tmp_path):
     assert sorted(complete(f"ntk-eos verify {store} ")) == [run.run_id for run in list_runs(store)]
     (tmp_path / "data" / "stores" / "mine").mkdir(parents=True)
     assert "mine" in complete("ntk-eos status ")
+    assert complete(f"ntk-eos plot {store} ") == ["kta", "modes", "phases"]
+    assert complete(f"ntk-eos plot {store} kta p") == ["phases"]
 
 
 # --- the main path ---------------------------------------------------------------------------------------------------
@@ -118,6 +122,13 @@ def test_plan_counts_the_grid_and_writes_nothing(tmp_path):
     assert [(row["learning_rate"], row["state"]) for row in planned] == [(0.05, "new"), (0.3, "new")]
     assert "2 of 2 runs to do" in result.stderr
     assert not (tmp_path / "s").exists()
+    total = json.loads(result.stdout)["total"]
+    assert total["runs"] == 2
+    assert total["bytes"] == sum(row["bytes"] for row in planned)
+    assert total["seconds"] > max(row["seconds"] for row in planned) > 0
+    lines = call("plan", "smoke", "--out", tmp_path / "s", "-q").output.splitlines()
+    assert "2 of 2 runs to do" in lines[0], "before the table, of which a reader may take the first lines"
+    assert lines[1].startswith("run")
 
 
 def test_run_fills_the_store_and_does_nothing_the_second_time(store):
@@ -151,6 +162,8 @@ def test_status_lists_every_run(store):
     table = call("status", store).stdout.splitlines()
     assert len(table) == 5
     assert "\x1b" not in "".join(table), "colours go to terminals only"
+    assert {row["head"] for row in listed} == {run.head for run in list_runs(store)}
+    assert table[0].split()[-1] == "seconds", "heads and errors that no run has are left to --json"
 
 
 def test_a_store_in_its_usual_place_is_found_by_the_name_of_its_study(store, tmp_path, monkeypatch):
@@ -178,6 +191,9 @@ def test_sql_gives_figure_a(store):
     assert table[0]["count_star()"] == 2
     np.testing.assert_allclose(table[0]["avg(kta)"], np.mean(first), rtol=1e-12)
     assert call("sql", store, "select 1 as a, 'x' as b", "--csv").stdout.splitlines() == ["a,b", "1,x"]
+    both = call("sql", store, "select 1", "--csv", "--json")
+    assert (both.exit_code, both.stdout) == (2, "")
+    assert "--csv and --json" in both.stderr
 
 
 def test_missing_values_are_null_in_json(store):
@@ -199,8 +215,12 @@ def test_claims_are_judged_and_too_few_seeds_are_underpowered(store):
     assert {row["verdict"] for row in judged} == {"underpowered"}
     assert result.exit_code == 0
     text = call("claims", store).stdout
-    assert "underpowered" in text
+    header, *table = text.partition("\n\n")[0].splitlines()
+    assert header.split() == ["claim", "verdict", "runs", "measured"]
+    assert [line.split()[:2] for line in table] == [[row["claim"], "underpowered"] for row in judged]
+    assert all(len(line) < 120 for line in table)
     assert "rule:" in text
+    assert all(change in text for change in CHANGES)
     stored = rows("sql", store, "select claim, verdict from claims")
     assert {(row["claim"], row["verdict"]) for row in stored} == {(row["claim"], row["verdict"]) for row in judged}
 
@@ -249,6 +269,26 @@ def test_export_writes_files_that_other_tools_read(store, tmp_path, kind, count)
         (expected,) = rows("sql", store, "select count(*) as n, sum(kta) as total from alignment")
         got = duckdb.sql(f"select count(*), sum(kta) from '{table}'").fetchall()[0]
         assert got == (expected["n"], pytest.approx(expected["total"], rel=1e-12))
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["active", "not_active"])
+def test_demo_ends_with_commands_that_can_be_pasted(store, tmp_path, monkeypatch, active):
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    (tmp_path / "my venv" / "bin" / "activate").touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "my venv"))
+    monkeypatch.setattr("pipeline.cli.shutil.which", lambda name: "/usr/bin/ntk-eos" if active else None)
+    monkeypatch.setattr("pipeline.cli._write_report", lambda root, out, quiet: Path("report.html"))
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda study, overrides, root: load(study, SMALL, root))
+    result = call("demo", "--out", store)
+    assert result.exit_code == 0, result.output
+    commands = result.stdout.partition("is retrained):")[2].strip().splitlines()
+    assert commands[0].strip().startswith("ntk-eos sql" if active else f"source '{tmp_path}/my venv/bin/activate'")
+    series = commands[-1].strip().replace("0.001", "0.45")  # this store has that level
+    monkeypatch.undo()
+    done = subprocess.run(series.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [run.run_id for run in list_runs(store)]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -404,7 +444,9 @@ def test_status_names_a_run_that_cannot_be_read_and_goes_on(store, tmp_path):
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_without_the_packages_for_training_the_extra_is_named(tmp_path, monkeypatch, command):
     monkeypatch.setattr("pipeline.cli.find_spec", lambda name: None)
-    assert "pip install 'ntk-eos[train]'" in refused(1, command, "smoke", "--out", tmp_path / "s", "-q")
+    assert "pip install '.[train]' in the folder of ntk-eos" in refused(
+        1, command, "smoke", "--out", tmp_path / "s", "-q"
+    )
 
 
 def test_an_unknown_run_is_not_found(store):

@@ -35,6 +35,8 @@ def test_json_has_a_schema_and_no_nan(capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed) == {"schema": 1, "rows": [{"a": None, "b": [1, None], "c": {"d": None}}]}
     assert "NaN" not in printed
+    show([], as_json=True, total={"seconds": float("inf")})
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "rows": [], "total": {"seconds": None}}
 
 
 def test_nothing_to_show_is_said_on_stderr(capsys):
