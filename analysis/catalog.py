@@ -1,8 +1,9 @@
 """The catalogue: a DuckDB file of tables derived from the runs of a store and from the results of its measures.
 
 It is an index, not the truth: `sync` reads the runs that changed since the last time into a private copy and publishes
-that by one rename; everybody else opens the file read-only. Deleting it loses nothing. Its tables are those of
-`analysis.tables`. Missing is NULL, never NaN.
+that by one rename; everybody else opens the file read-only. Deleting it loses nothing. For a store that cannot be written,
+and has none that is up to date, it is built in the user's cache. Its tables are those of `analysis.tables`. Missing is
+NULL, never NaN.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory
 from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.store import FINAL, RECORD, SUFFIX, Run, read_run, run_path, runs_directory
+from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, runs_directory
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
     import pandas as pd
@@ -79,13 +80,13 @@ def sync(root: str | os.PathLike[str]) -> Path:
         InputError: if it is not a store, or cannot be written.
         DamagedStore: if the record of a run is damaged.
     """
-    path = Path(root, NAME)
-    known = _known(path)
+    folder = _folder(root)
+    known = _known(folder / NAME)
     if _fingerprints(root, known or {}) != known:
-        with _writing(root, wait=known is None) as mine:
+        with _writing(folder, wait=known is None) as mine:
             if mine:
-                _update(root)
-    return path
+                _update(root, folder)
+    return folder / NAME
 
 
 def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
@@ -100,7 +101,7 @@ def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
         MissingError: if the root does not exist.
         InputError: if DuckDB refuses the statement, it writes, or it takes too long or gives too much.
     """
-    path = Path(root, NAME)
+    path = _folder(root) / NAME
     if sync or _known(path) is None:
         path = _sync(root)
     with _open(path) as connection:
@@ -136,9 +137,10 @@ def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike
     """
     if table not in TABLES:
         raise MissingError(f"table {table!r} is not one of {', '.join(TABLES)}")
-    if _known(Path(root, NAME)) is None:
+    catalogue = _folder(root) / NAME
+    if _known(catalogue) is None:
         sync(root)
-    with duckdb.connect(Path(root, NAME), read_only=True) as connection:
+    with duckdb.connect(catalogue, read_only=True) as connection:
         relation = connection.table(table)
         if ".parquet" in Path(path).suffixes:
             relation.write_parquet(str(path))
@@ -149,14 +151,20 @@ def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike
 def write_claims(root: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the table `claims`; the verdicts stay until a run changes.
 
+    Where the catalogue cannot be written, it stays as it was, with a note in the log.
+
     Args:
         root: folder of the store.
         rows: by column of the table.
     """
-    if _known(Path(root, NAME)) is None:
+    folder = _folder(root)
+    if _known(folder / NAME) is None:
         sync(root)
+    if not _writable(folder):
+        log.warning("%s cannot be written: the verdicts are not kept in its catalogue", folder)
+        return
     frame = tables.frame_of("claims", list(rows))
-    with _writing(root, wait=True), _next(root) as connection:
+    with _writing(folder, wait=True), _next(root, folder) as connection:
         connection.execute("delete from claims")
         tables.insert(connection, "claims", frame)
 
@@ -222,6 +230,26 @@ def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckD
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _folder(root: str | os.PathLike[str]) -> Path:
+    """Where the catalogue of a store lies: in the store, or in the user's cache if it cannot be brought up to date."""
+    store = runs_directory(root).path.parent
+    if _writable(store):
+        return store
+    known = _known(store / NAME)
+    if known is not None and known == _fingerprints(root, known):
+        return store
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "ntk-eos" / hashlib.blake2b(os.fsencode(store.resolve()), digest_size=8).hexdigest()
+    if not folder.is_dir():
+        log.warning("%s cannot be written: its catalogue is kept in %s", root, folder)
+        Directory(folder).make()
+    return folder
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def _known(path: Path) -> dict[str, str] | None:
     """Fingerprint of each run that the catalogue has; None if it has to be built anew."""
     try:
@@ -234,7 +262,7 @@ def _known(path: Path) -> dict[str, str] | None:
 
 
 def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dict[str, str]:
-    """What the rows of each run depend on. The record of a finished run is not opened if its file did not change."""
+    """What the rows of each run depend on. The record of a finished run is not parsed if its bytes did not change."""
     folders = [folder for folder in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if folder.is_dir()]
     derived = results.files(root)
     ids = {folder.name.removesuffix(SUFFIX): folder for folder in folders}
@@ -242,22 +270,22 @@ def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dic
 
 
 def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
-    # A record is replaced by a rename, so its file is another one, with another inode, after each commit.
+    # Its bytes and nothing about its file: a copy of a store is as fresh as the store was.
     try:
-        stat = (folder / RECORD).stat()
-    except FileNotFoundError as error:
+        data = Directory(folder).get(RECORD, limit=RECORD_LIMIT)
+    except MissingError as error:
         raise MissingError(f"{folder} is not a run: it has no {RECORD}") from error
-    record = f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_size}"
+    record = hashlib.blake2b(data, digest_size=16).hexdigest()
     final = next((status for status in FINAL if known.startswith(f"{record} {status} ")), None)
     status = final or read_run(folder).status
     return f"{record} {status} {' '.join(path.name for path in derived.values())}"
 
 
-def _update(root: str | os.PathLike[str]) -> None:
+def _update(root: str | os.PathLike[str], folder: Path) -> None:
     """Replace the rows of all runs that changed."""
     import pandas as pd
 
-    known = _known(Path(root, NAME))
+    known = _known(folder / NAME)
     now = _fingerprints(root, known or {})
     changed = [run_id for run_id in now if known is None or now[run_id] != known.get(run_id)]
     replaced = [*changed, *(known or {}).keys() - now.keys()]
@@ -274,7 +302,7 @@ def _update(root: str | os.PathLike[str]) -> None:
                 frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
         frames["sync"].append(tables.frame_of("sync", [synced]))
-    with _next(root) as connection:
+    with _next(root, folder) as connection:
         connection.execute("delete from claims")  # verdicts on numbers that have changed
         for name, layout in TABLES.items():
             if layout.columns[0] == tables.RUN_ID:
@@ -284,25 +312,25 @@ def _update(root: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _writing(root: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
+def _writing(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Be the only writer of the catalogue; False if another process is, and `wait` is not asked for."""
     note = f"process {os.getpid()}".encode()
     try:
-        lease = Directory(root).lease(LOCK, note, wait=wait)
+        lease = Directory(folder).lease(LOCK, note, wait=wait)
     except RunLocked:
-        log.warning("the catalogue of %s is being written by another process: using the previous version", root)
+        log.warning("the catalogue in %s is being written by another process: using the previous version", folder)
         yield False
         return
     except OSError as error:
-        raise InputError(f"{root} cannot be written: {error.strerror}; choose a store that you may write") from error
+        raise InputError(f"{folder} cannot be written: {error.strerror}; choose a store that you may write") from error
     with lease:
         yield True
 
 
 @contextmanager
-def _next(root: str | os.PathLike[str]) -> Iterator[duckdb.DuckDBPyConnection]:
+def _next(root: str | os.PathLike[str], folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A private copy of the catalogue, in one transaction; published when the block ends without an error."""
-    directory, path, copy = Directory(root), Path(root, NAME), Path(root, COPY)
+    directory, path, copy = Directory(folder), folder / NAME, folder / COPY
     fresh = _known(path) is None
     _discard(directory)  # of a writer that was killed
     try:

@@ -72,7 +72,9 @@ def _netcdf(run: Run, path: Path) -> None:
     except (ImportError, ValueError) as error:
         if "h5netcdf" not in str(error):
             raise
-        raise NtkEosError("netCDF needs the extra `netcdf`: pip install 'ntk-eos[netcdf]'") from error
+        raise NtkEosError(
+            "netCDF needs the extra `netcdf`: pip install '.[netcdf]' in the folder of ntk-eos"
+        ) from error
 
 
 def _text(value: object) -> object:

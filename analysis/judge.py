@@ -18,6 +18,17 @@ from pipeline.store import Run, list_runs
 # Names that can stand in a query as they are; others never become part of a statement.
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
+# Changes since the first full run that concern every claim alike; those of a single rule stand with its claim.
+CHANGES = (
+    "2026-11-24: a claim is judged on the runs of the study that names it; it had been on all runs of the store.",
+    "2026-11-24: runs of one learning rate and seed that differ in something else make a claim underpowered; they had "
+    "been averaged.",
+    "2026-11-24: the matched loss is the smallest level that all complete runs recorded and reached; it had been the "
+    "smallest that all runs recorded.",
+    "2026-11-25: a study whose complete runs share no such level is underpowered; it had been an error.",
+    "None of these changed a verdict on the shipped study.",
+)
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -44,7 +55,7 @@ class Judgement:
             "claim": self.claim.name,
             "statement": self.claim.statement,
             "rule": self.claim.rule,
-            "changes": "; ".join(self.claim.changes) or None,
+            "changes": " ".join(self.claim.changes) or None,
             "source": self.claim.source,
             "level": self.level,
             "value": self.verdict.value,

@@ -17,7 +17,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import catalog, results, studies
-from analysis.judge import judge_store
+from analysis.judge import CHANGES, judge_store
 from analysis.load import shared_level
 from analysis.plots import FIGURES, render
 from analysis.plots.files import write
@@ -104,6 +104,7 @@ def _page(root: Root, progress: Callable[[float, str], None]) -> str:
         papers=_papers(root),
         claims=claims,
         claims_missing=claims_missing,
+        changes=CHANGES,
         figures=figures,
         matched=_matched(root, runs),
         runs=_runs(root, runs),

@@ -204,7 +204,7 @@ TABLES: dict[str, Layout] = {
         "What the rows of each run were made from, so that only runs that changed are read again.",
         (
             RUN_ID,
-            Column("fingerprint", "VARCHAR", "", "The run's record as a file, its status, and its derived results."),
+            Column("fingerprint", "VARCHAR", "", "Digest of the run's record, its status, and its derived results."),
             Column("analyzed", "BOOLEAN", "", "Whether those results are of the run's last commit."),
         ),
     ),

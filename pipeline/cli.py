@@ -7,9 +7,12 @@ Exit codes: 0 ok (a diverged run is ok), 1 failed or a claim failed, 2 usage or 
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +26,7 @@ from pipeline.errors import NtkEosError
 if TYPE_CHECKING:
     from analysis.judge import Judgement
     from pipeline.config import RunConfig, Study
+    from pipeline.sweep import Outcome
 
 STORES = Path("data/stores")
 EXITS = """\b
@@ -74,6 +78,13 @@ def _complete_run(ctx: click.Context, _param: click.Parameter, incomplete: str) 
         return []
     runs = Path(_existing_root(root), "runs").glob(f"{incomplete}*.zarr")
     return sorted(path.name.removesuffix(".zarr") for path in runs)
+
+
+def _complete_figure(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from analysis.studies import figures
+
+    root = ctx.params.get("root")
+    return [] if root is None else [name for name in figures(_existing_root(root)) if name.startswith(incomplete)]
 
 
 def _complete_study(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
@@ -141,7 +152,9 @@ def main() -> None:
 def _check_training() -> None:
     """Say how to install what only training needs, before a worker fails to import it."""
     if any(find_spec(name) is None for name in ("torch", "safetensors", "scipy", "sklearn")):
-        raise NtkEosError("training needs packages that are not installed: pip install 'ntk-eos[train]'")
+        raise NtkEosError(
+            "training needs packages that are not installed: pip install '.[train]' in the folder of ntk-eos"
+        )
 
 
 def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Study", str]:
@@ -165,15 +178,17 @@ def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     _show_claims(judgements, as_json=False)
     path = _write_report(root, None, quiet)
     run = Path(root, "runs", f"{study.runs()[-1].run_id}.zarr")
+    activate = Path(sys.prefix, "bin", "activate")
+    first = f"  source {shlex.quote(str(activate))}\n" if not shutil.which("ntk-eos") and activate.exists() else ""
     click.echo(f"""
 report: {path}
 
 Next, ask the store (nothing is retrained):
 
-  ntk-eos sql {shlex.quote(root)} "select learning_rate, avg(kta), avg(c5) from alignment join runs using (run_id) \\
-    where loss <= 0.001 group by 1 order by 1"
+{first}  ntk-eos sql {shlex.quote(root)} "select learning_rate, avg(kta), avg(c5) from alignment \\
+    join runs using (run_id) where loss <= 0.001 group by 1 order by 1"
   python -c "import xarray as xr; print(xr.open_datatree('{run}'))"
-  python -c "import analysis as a; print(a.alignment(a.at_loss(a.open_sweep('{root}'), 0.01)).kta.values)"
+  python -c "import analysis as a; print(a.alignment(a.at_loss(a.open_sweep('{root}'), 0.001)).kta.to_series())"
 """)
     ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
 
@@ -186,16 +201,21 @@ Next, ask the store (nothing is retrained):
 def plan(
     study: str, overrides: Sequence[str], root: str | None, workers: int | None, as_json: bool, quiet: bool
 ) -> None:
-    """Show what `run` would do: the grid, rows, bytes, and the time it takes at most."""
+    """Show what `run` would do: the grid, rows, bytes, and the time it takes at most.
+
+    The seconds of a run are those of its steps; the total adds the start of the worker processes, which share the runs.
+    """
     from pipeline.plan import plan_study
+    from pipeline.store import check_root
     from pipeline.sweep import default_workers
 
     loaded, root = _load(study, overrides, root)
     _check_training()
+    check_root(root)
     with console.Progress("timing a few steps", quiet):
         planned = plan_study(loaded, root, workers or default_workers(loaded.runs()))
-    console.show([run.as_row() for run in planned.runs], as_json=as_json)
     click.echo(planned.summary(), err=True)
+    console.show(planned.rows(), as_json=as_json, total=planned.total())
 
 
 @main.command(
@@ -231,7 +251,7 @@ def run(
 
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
-    from pipeline.plan import plan_runs
+    from pipeline.plan import check_start, plan_runs
     from pipeline.store import FINAL, check_root, read_run, relabel, run_path
     from pipeline.sweep import sweep
 
@@ -253,6 +273,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     if not runs:
         click.echo(f"nothing to do: all {len(planned)} runs of {study.name} in {root} are done", err=True)
         return 0
+    check_start([one for one in planned if one.state != "done"], root)
     outcomes, said = [], set()
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
         watch = _Watch(runs, root, progress)
@@ -266,16 +287,34 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
             watch.ended(outcome.run_id)
             if outcome.error and outcome.error not in said:
                 said.add(outcome.error)
-                progress.warn(f"error: {outcome.run_id}: {outcome.error}")
+                where = "" if outcome.run_id in outcome.error else f"{outcome.run_id}: "
+                progress.warn(f"error: {where}{outcome.error}")
                 if outcome.detail:
                     progress.warn(outcome.detail)
+        progress.end(_endings(outcomes, root))
     if signals.caught is not None:
-        click.echo(f"interrupted; what was measured is saved in {root}, the same command goes on from there", err=True)
+        saved = f"what was measured is saved in {root}, the same command goes on from there"
+        measured = any(run_path(root, run.run_id).exists() for run in runs)
+        click.echo(f"interrupted; {saved if measured else 'nothing was measured yet'}", err=True)
         return 128 + signals.caught
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
     if not failed:
         return 0
     return 3 if len(failed) < len(planned) else failed[0].exit_code or 1
+
+
+def _endings(outcomes: Sequence["Outcome"], root: str) -> str:
+    """How the runs of a sweep ended: `2 complete, 1 diverged (loss at step 14 is inf)`."""
+    from pipeline.store import read_run, run_path
+
+    parts = []
+    for status, count in Counter(outcome.status for outcome in outcomes).items():
+        reasons: dict[str, None] = {}
+        if status == "diverged":
+            runs = [read_run(run_path(root, outcome.run_id)) for outcome in outcomes if outcome.status == status]
+            reasons = dict.fromkeys(run.attrs["stop_reason"] for run in runs)
+        parts.append(f"{count} {status}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return ", ".join(parts)
 
 
 class _Signals:
@@ -339,12 +378,17 @@ class _Watch:
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until nothing is running.")
 @json_option
 def status(root: str, watch: bool, as_json: bool) -> None:
-    """List the runs of a store and how each stands."""
+    """List the runs of a store and how each stands.
+
+    Seconds are the wall time of the last process that wrote the run. --json also has the heads of the digest chains.
+    """
     from pipeline.store import run_paths
 
     while True:
         rows = [_status_row(path) for path in run_paths(root)]
-        console.show(rows, as_json=as_json, empty=f"{root} has no runs")
+        hidden = set() if as_json else {"head"} | ({"error"} if not any(row["error"] for row in rows) else set())
+        shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
+        console.show(shown, as_json=as_json, empty=f"{root} has no runs")
         if not watch or not any(row["status"] == "running" for row in rows):
             return
         time.sleep(2)
@@ -388,6 +432,8 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
     with console.Progress(f"analysing {root}", quiet) as progress:
         summary = results.analyze(root, progress=progress.update)
         catalog.sync(root)
+        if all(row["state"] == "fresh" for row in summary):
+            progress.end("")
     return summary
 
 
@@ -401,6 +447,8 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
     """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
     from analysis import catalog
 
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json: give one of them")
     if catalog.derived(query):
         _analyze(root, quiet)
     table = catalog.query(root, query)
@@ -416,7 +464,7 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
 
 @main.command(epilog=example("ntk-eos plot digits kta --x time", "ntk-eos plot digits --out figures --format svg"))
 @root_argument
-@click.argument("figures", nargs=-1)
+@click.argument("figures", nargs=-1, shell_complete=_complete_figure)
 @click.option("--x", type=click.Choice(["step", "time", "loss"]), default="step", show_default=True,
               help="Horizontal axis; time is step times learning rate.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False), help="Folder [default: ROOT/figures].")
@@ -474,13 +522,24 @@ def _judge(root: str, quiet: bool) -> list["Judgement"]:
 
 
 def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
+    from analysis.judge import CHANGES
+
     if as_json:
         console.show([judgement.as_row() for judgement in judgements], as_json=True)
         return
-    if not judgements:
-        click.echo("the studies of this store make no claims", err=True)
+    table = [
+        {
+            "claim": judgement.claim.name,
+            "verdict": judgement.verdict.verdict,
+            "runs": judgement.verdict.runs,
+            "measured": textwrap.shorten(judgement.verdict.value, 60, placeholder=" ..."),
+        }
+        for judgement in judgements
+    ]
+    console.show(table, as_json=False, empty="the studies of this store make no claims")
     colour = console.coloured(sys.stdout)
     for judgement in judgements:
+        click.echo()
         verdict = judgement.verdict.verdict
         click.echo(
             click.style(verdict.ljust(13), fg=console.COLOURS[verdict], bold=True) + judgement.claim.name, color=colour
@@ -490,6 +549,10 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
         click.echo(f"             rule: {judgement.claim.rule}")
         for change in judgement.claim.changes:
             click.echo(f"             rule changed: {change}")
+    if judgements:
+        click.echo("\nchanges since the first full run that concern every claim:")
+        for change in CHANGES:
+            click.echo(f"             {change}")
 
 
 @main.command(

@@ -23,10 +23,19 @@ def coloured(stream: Any) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "nothing to show") -> None:
-    """Print rows as an aligned table, or as one JSON object {"schema": 1, "rows": [...]} (NaN becomes null)."""
+def show(
+    rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "nothing to show", **further: Mapping[str, Any]
+) -> None:
+    """Print rows as an aligned table, or as one JSON object {"schema": 1, "rows": [...]} (NaN becomes null).
+
+    Args:
+        rows: what to print, all with the same keys.
+        as_json: as JSON.
+        empty: what to say on stderr where there are no rows.
+        **further: entries of the JSON object beside the rows.
+    """
     if as_json:
-        click.echo(json.dumps({"schema": 1, "rows": [_plain(dict(row)) for row in rows]}, default=str))
+        click.echo(json.dumps(_plain({"schema": 1, "rows": list(rows), **further}), default=str))
         return
     if not rows:
         click.echo(empty, err=True)
@@ -93,6 +102,7 @@ class Progress:
 
     def __init__(self, label: str, quiet: bool = False) -> None:
         self._label, self._quiet = label, quiet
+        self._ending = "done"
         self._started = self._said = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -120,8 +130,12 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is None:
-            self.say(f"{self._label}: done in {seconds_text(time.monotonic() - self._started)}")
+        if kind is None and self._ending:
+            self.say(f"{self._label}: {self._ending} in {seconds_text(time.monotonic() - self._started)}")
+
+    def end(self, ending: str) -> None:
+        """What the last line says instead of `done`; nothing is said where it is empty, or after an error."""
+        self._ending = ending
 
     def update(self, fraction: float, note: str = "") -> None:
         """Show that `fraction` of the work is done, with the time left estimated from the time it took."""

@@ -1,9 +1,10 @@
 """What `run` would do: how each run of a study stands, the rows and bytes it gets, and the time it takes at most."""
 
 import functools
+import heapq
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import numpy as np
 
 from pipeline import schema
 from pipeline.cadence import row_capacity
-from pipeline.config import File, Record, RunConfig, Study, needs_import
+from pipeline.config import File, Imported, Record, RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
 from pipeline.data import load_data
+from pipeline.disk import Directory
 from pipeline.errors import InputError
-from pipeline.store import FINAL, RECORD, Run, chain_seed, read_run, run_path
+from pipeline.store import FINAL, LEASE, RECORD, Run, chain_seed, read_run, run_path
 
 TIMED_STEPS = 40
+# What a worker process needs until its first step, which is mostly the import of torch: 2 to 3 s were measured.
+START_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,49 @@ class Plan:
 
     Attributes:
         runs: in the order of the grid.
-        seconds: at most, for what is left; None where only running could tell: a user's own model, a run that diverges.
+        workers: runs at a time.
+        per_step: seconds; None where only running could tell: a user's own model, a run that diverges.
     """
 
     runs: tuple[Planned, ...]
-    seconds: float | None
+    workers: int
+    per_step: float | None
+
+    @property
+    def left(self) -> tuple[Planned, ...]:
+        """The runs that are not done."""
+        return tuple(run for run in self.runs if run.state != "done")
+
+    @property
+    def seconds(self) -> float | None:
+        """At most, for what is left, the start of the workers included; None where only running could tell."""
+        if not self.left:
+            return 0.0
+        if self.per_step is None:
+            return None
+        busy = [START_SECONDS] * min(self.workers, len(self.left))
+        for run in self.left:  # each goes to the worker that is free first
+            heapq.heapreplace(busy, busy[0] + run.steps_left * self.per_step)
+        return max(busy)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For printing: what each run will hold, and the seconds that its steps take at most."""
+        return [run.as_row() | {"seconds": self._seconds(run)} for run in self.runs]
+
+    def total(self) -> dict[str, Any]:
+        """Of what is left: runs, bytes at most, and the seconds that all of them take at most, side by side."""
+        return {"runs": len(self.left), "bytes": sum(run.nbytes for run in self.left), "seconds": self.seconds}
+
+    def _seconds(self, run: Planned) -> float | None:
+        if run.state == "done":
+            return 0.0
+        return None if self.per_step is None else run.steps_left * self.per_step
 
     def summary(self) -> str:
         """One line to read."""
-        left = [run for run in self.runs if run.state != "done"]
+        left = self.left
+        if not left:
+            return f"nothing to do: all {len(self.runs)} runs are done"
         size = f"at most {bytes_text(sum(run.nbytes for run in left))} uncompressed"
         if any(run.parameters is None for run in left):
             size += " and the imported model's parameters"
@@ -117,14 +155,10 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
     """
     runs = plan_runs(study.runs(), root)
     left = [run for run in runs if run.state != "done"]
-    if not left:
-        return Plan(runs, 0.0)
-    if needs_import(study):
-        return Plan(runs, None)
+    if not left or needs_import(study):
+        return Plan(runs, workers, None)
     largest = max(left, key=lambda run: run.samples * (run.samples + (run.parameters or 0)))
-    per_step = _seconds_per_step(largest.config)
-    steps = sum(run.steps_left for run in left)
-    return Plan(runs, None if per_step is None else steps * per_step / min(workers, len(left)))
+    return Plan(runs, workers, _seconds_per_step(largest.config))
 
 
 def _check_record(record: Record, samples: int, outputs: int, parameters: int | None) -> None:
@@ -167,6 +201,37 @@ def _check_data(config: RunConfig, run: Run) -> None:
             f"run {run.run_id} was recorded on other data than {config.data.file} holds now: write to another root, "
             f"or remove {run.path}"
         )
+
+
+def check_start(planned: Sequence[Planned], root: str) -> None:
+    """Refuse in one place what would end every one of these runs at its start.
+
+    Args:
+        planned: runs that are to be trained now.
+        root: folder of their store.
+
+    Raises:
+        RunLocked: if another process writes all of them.
+        InputError: if the device of all of them is not there, or the imported model of all of them cannot be used.
+    """
+    runs = [one.config for one in planned]
+    first = runs[0]
+    if all(one.state == "running" for one in planned):
+        with Directory(run_path(root, first.run_id)).lease(LEASE, b"a check"):
+            pass  # its writer has ended meanwhile
+    device = first.compute.device
+    if device != "cpu" and all(run.compute.device == device for run in runs):
+        import torch
+
+        if not (torch.cuda if device.startswith("cuda") else torch.backends.mps).is_available():
+            raise InputError(f"compute.device = {device!r}: torch finds no such device here; use 'cpu'")
+    if isinstance(first.model, Imported) and all(run.model == first.model for run in runs):
+        import torch
+
+        from pipeline.models import build_model
+
+        _, features, outputs = first.data.shape()
+        build_model(first.model, features, outputs, first.seed, getattr(torch, first.compute.dtype))
 
 
 def _seconds_per_step(config: RunConfig) -> float | None:

@@ -99,8 +99,9 @@ def _attempt(
     ):
         pending: dict[Future[Outcome], RunConfig] = {}
         try:
-            for run in waiting:
-                pending[pool.submit(_one, run, root, attrs)] = run
+            with _blocked_signals():
+                for run in waiting:
+                    pending[pool.submit(_one, run, root, attrs)] = run
             while pending:
                 done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
                 if on_poll():
@@ -156,6 +157,20 @@ def _one(run: RunConfig, root: str, attrs: Mapping[str, Any] | None) -> Outcome:
         return Outcome(run.run_id, "failed", str(error), None, 1)
     except Exception as error:
         return Outcome(run.run_id, "failed", f"{type(error).__name__}: {error}", traceback.format_exc(), 1)
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Processes started meanwhile never see the signals of a terminal, not even before they can set a handler.
+
+    They inherit the mask of this thread. Here a signal that comes meanwhile is handled at the end. (The process that
+    tracks multiprocessing's resources, whose start would unblock them, was started with the event `stop`.)
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

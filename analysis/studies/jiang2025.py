@@ -127,7 +127,7 @@ def returns_to_the_line(frame: pd.DataFrame) -> Verdict:
 def gains_while_falling(frame: pd.DataFrame) -> Verdict:
     """Mean over seeds of the KTA change per step is larger on falling than on rising steps, at each learning rate."""
     above = _above(frame)
-    if reason := too_few(above):
+    if reason := too_few(above) or _without_steps(above):
         return Verdict("underpowered", reason, len(above))
     difference = (above["kta_gain_falling"] - above["kta_gain_rising"]).groupby(above["learning_rate"]).mean()
     value = "; ".join(
@@ -135,6 +135,16 @@ def gains_while_falling(frame: pd.DataFrame) -> Verdict:
         for rate, group in above.groupby("learning_rate")
     )
     return Verdict("passed" if (difference > 0).all() else "failed", f"KTA per step at {value}", len(above))
+
+
+def _without_steps(frame: pd.DataFrame) -> str | None:
+    """Which run has no step of one kind, so that its gain per step is a mean of nothing; None if every run has both."""
+    for kind in ("falling", "rising"):
+        lacking = frame[frame[f"kta_gain_{kind}"].isna()]
+        if len(lacking):
+            rate, seed = lacking[["learning_rate", "seed"]].iloc[0]
+            return f"no {kind} step after the crossing at learning rate {rate:g}, seed {seed:g}"
+    return None
 
 
 CLAIMS = {
@@ -172,6 +182,10 @@ CLAIMS = {
             f"steps, at no more than {ABOVE_LINE:g} times 2/η, while the smallest learning rate's NTK sharpness at the "
             f"matched loss lies, in every seed, above the lines of all learning rates from {HELD_DOWN:g} on.",
             SOURCE, FINAL, returns_to_the_line,
+            changes=(
+                "2026-11-24: clarified which runs count as above the edge, those of a learning rate that crossed in "
+                "every seed, as they had been judged from the start. No verdict on the shipped study changed.",
+            ),
         ),
         Claim(
             "kta_gains_while_sharpness_falls",
@@ -183,6 +197,8 @@ CLAIMS = {
             changes=(
                 "2026-11-24: learning rates that crossed in some seeds only are left out, as in the other claims; they "
                 "had left the claim underpowered. No verdict on the shipped study changed.",
+                "2026-11-25: a run without a falling or a rising step after its crossing makes it underpowered; "
+                "such a learning rate had made it fail. No verdict on the shipped study changed.",
             ),
         ),
     )

@@ -377,6 +377,57 @@ def test_a_store_that_cannot_be_written(root, monkeypatch):
         sync(root)
 
 
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """A function that makes a folder one that may not be written, for whoever asks, and a cache of its own."""
+    closed: list[str] = []
+    access = os.access
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) not in closed and access(path, mode))
+    return lambda folder: closed.append(os.fspath(folder))
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_copy_of_a_store_is_as_fresh_as_the_store_and_needs_no_writing(root, tmp_path, read_only, monkeypatch):
+    results.analyze(root)
+    sync(root)
+    copied = shutil.copytree(root, tmp_path / "copy")
+    read_only(copied)
+    before = tree(copied)
+    monkeypatch.setattr(catalog, "_update", None)
+    assert sync(copied) == copied / catalog.NAME
+    assert query(copied, FIGURE_A).rows == query(root, FIGURE_A).rows
+    assert tree(copied) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_store_that_may_not_be_written_has_its_catalogue_in_the_cache(root, tmp_path, read_only, caplog):
+    read_only(root)
+    before = tree(root)
+    assert query(root, "select count(*) from runs", sync=False).rows == [(2,)]
+    (folder,) = (tmp_path / "cache" / "ntk-eos").iterdir()
+    assert caplog.messages == [f"{root} cannot be written: its catalogue is kept in {folder}"]
+    write_claims(root, [CLAIM])
+    assert query(root, "select claim from claims").rows == [("it_rises",)]
+    copy_table(root, "runs", tmp_path / "runs.csv")
+    assert (tmp_path / "runs.csv").read_text().count("\n") == 3
+    assert len(caplog.messages) == 1
+    assert tree(root) == before
+    mock_run(root, 0.3, 0, steps=2, n=4, k=2)  # by its owner
+    assert query(root, "select count(*) from runs").rows == [(3,)]
+
+
+def test_verdicts_on_a_store_that_may_not_be_written_are_not_kept_and_that_is_said(root, read_only, caplog):
+    sync(root)
+    read_only(root)
+    write_claims(root, [CLAIM])
+    assert caplog.messages == [f"{root} cannot be written: the verdicts are not kept in its catalogue"]
+    assert query(root, "select * from claims").rows == []
+
+
 def test_a_damaged_record_is_named(root):
     record = run_path(root, "lr-0.1_seed-0") / "zarr.json"
     data = record.read_bytes().replace(b"mock", b"rock", 1)

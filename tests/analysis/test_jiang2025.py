@@ -1,11 +1,13 @@
 """The judges of the paper's claims on frames made by hand: passed, failed, underpowered, and right at thresholds."""
 
+import re
 from itertools import product
 
 import pandas as pd
 import pytest
 
 from analysis.claims import Claim
+from analysis.judge import CHANGES
 from analysis.plots import FIGURES as GENERAL
 from analysis.studies.jiang2025 import (
     ABOVE_LINE,
@@ -200,6 +202,27 @@ def test_a_learning_rate_that_crossed_in_some_seeds_only_says_nothing_of_the_pha
     some = set_at(frame, 0.4, 0, crossed=False)
     assert gains_while_falling(some).verdict == "passed"
     assert gains_while_falling(some).runs == len(frame) - 3
+
+
+@pytest.mark.parametrize("kind", ["falling", "rising"])
+@pytest.mark.parametrize("seeds", [(1,), SEEDS], ids=["one_seed", "every_seed"])
+def test_a_run_without_a_step_of_one_kind_leaves_the_phases_underpowered(kind, seeds):
+    frame = gains()
+    for seed in seeds:
+        frame = set_at(frame, 0.2, seed, **{f"kta_gain_{kind}": float("nan")})
+    verdict = gains_while_falling(frame)
+    assert (verdict.verdict, verdict.runs) == ("underpowered", 6)
+    assert verdict.value == f"no {kind} step after the crossing at learning rate 0.2, seed {seeds[0]}"
+
+
+def test_a_column_of_nothing_but_null_is_underpowered_too():
+    frame = gains().assign(kta_gain_falling=None)  # what a query gives whose every row is NULL
+    assert gains_while_falling(frame).value.startswith("no falling step after the crossing at learning rate 0.2")
+
+
+def test_every_change_of_a_rule_has_its_date():
+    for change in [*CHANGES[:-1], *(change for claim in CLAIMS.values() for change in claim.changes)]:
+        assert re.match(r"2026-11-2[45]: ", change)
 
 
 def test_c5_needs_the_same_seeds_at_both_ends():

@@ -11,7 +11,7 @@ from mock_store import mock_run, mock_store
 
 from analysis import report
 from analysis.claims import Verdict
-from analysis.judge import Judgement
+from analysis.judge import CHANGES, Judgement
 from analysis.report import write_report
 from analysis.studies.jiang2025 import CLAIMS
 from pipeline.cadence import Cadence
@@ -117,8 +117,9 @@ def test_every_claim_is_there_with_its_verdict_rule_and_source(page):
         for part in (claim.name, claim.statement, claim.rule, claim.source):
             assert part in text
     assert text.count("? underpowered") == len(CLAIMS)
-    assert text.count("none since the first full run") == sum(not claim.changes for claim in CLAIMS.values())
+    assert text.count("none of its own since the first full run") == sum(not claim.changes for claim in CLAIMS.values())
     assert all(change in text for claim in CLAIMS.values() for change in claim.changes)
+    assert all(text.count(change) == 1 for change in CHANGES), "what concerns every claim is listed once"
     assert "matched loss 0.5" in text
 
 
@@ -132,7 +133,7 @@ def test_verdicts_are_words_and_changes_of_rules_are_listed(store, monkeypatch, 
     assert "✓ passed" in text
     assert "✗ failed" in text
     assert "2026-03-01: 0.3 became 0.25" in text
-    assert text.count("none since the first full run") == 1
+    assert text.count("none of its own since the first full run") == 1
     assert "claims: 1 ✓ passed, 1 ✗ failed" in " ".join(page.sections[""].split())
 
 

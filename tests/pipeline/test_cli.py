@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main
+from analysis.judge import CHANGES
+from pipeline import cli
+from pipeline.cli import _endings, main
 from pipeline.store import list_runs, read_run
+from pipeline.sweep import Outcome
 
 COMMAND = Path(sys.executable).with_name("ntk-eos")
 SMALL = [
@@ -108,6 +112,8 @@ def test_completion_offers_studies_stores_and_runs(store, tmp_path):
     assert sorted(complete(f"ntk-eos kernel {store} ")) == [run.run_id for run in list_runs(store)]
     assert {"test", "train"} <= set(complete(f"ntk-eos kernel {store} --probe "))
     assert complete(f"ntk-eos kernel {store} --kernel inf") == ["infinite_ntk"]
+    assert complete(f"ntk-eos plot {store} ") == ["kta", "modes", "phases"]
+    assert complete(f"ntk-eos plot {store} kta p") == ["phases"]
 
 
 # --- the main path ---------------------------------------------------------------------------------------------------
@@ -119,6 +125,13 @@ def test_plan_counts_the_grid_and_writes_nothing(tmp_path):
     assert [(row["learning_rate"], row["state"]) for row in planned] == [(0.05, "new"), (0.3, "new")]
     assert "2 of 2 runs to do" in result.stderr
     assert not (tmp_path / "s").exists()
+    total = json.loads(result.stdout)["total"]
+    assert total["runs"] == 2
+    assert total["bytes"] == sum(row["bytes"] for row in planned)
+    assert total["seconds"] > max(row["seconds"] for row in planned) > 0
+    lines = call("plan", "smoke", "--out", tmp_path / "s", "-q").output.splitlines()
+    assert "2 of 2 runs to do" in lines[0], "before the table, of which a reader may take the first lines"
+    assert lines[1].startswith("run")
 
 
 def test_run_fills_the_store_and_does_nothing_the_second_time(store):
@@ -130,6 +143,21 @@ def test_run_fills_the_store_and_does_nothing_the_second_time(store):
     assert {row["state"] for row in planned} == {"done"}
 
 
+def test_the_last_line_of_a_run_says_how_its_runs_ended(tmp_path):
+    overrides = sets("learning_rate=[0.1, 1e30]", "stop.steps=4", "model.activation=relu")
+    result = call("run", "smoke", "--out", tmp_path / "s", *overrides)
+    assert result.exit_code == 0
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(r"training 2 runs of smoke: 1 complete, 1 diverged \(.* at step \d+ is .*\) in \d+ s", last), (
+        last
+    )
+
+
+def test_runs_are_counted_by_their_ends(store):
+    outcomes = [Outcome(f"run-{i}", status) for i, status in enumerate(["complete", "failed", "complete"])]
+    assert _endings(outcomes, str(store)) == "2 complete, 1 failed"
+
+
 def test_status_lists_every_run(store):
     listed = rows("status", store)
     assert [row["run"] for row in listed] == [run.run_id for run in list_runs(store)]
@@ -137,6 +165,8 @@ def test_status_lists_every_run(store):
     table = call("status", store).stdout.splitlines()
     assert len(table) == 5
     assert "\x1b" not in "".join(table), "colours go to terminals only"
+    assert {row["head"] for row in listed} == {run.head for run in list_runs(store)}
+    assert table[0].split()[-1] == "seconds", "heads and errors that no run has are left to --json"
 
 
 def test_a_store_in_its_usual_place_is_found_by_the_name_of_its_study(store, tmp_path, monkeypatch):
@@ -164,6 +194,9 @@ def test_sql_gives_figure_a(store):
     assert table[0]["count_star()"] == 2
     np.testing.assert_allclose(table[0]["avg(kta)"], np.mean(first), rtol=1e-12)
     assert call("sql", store, "select 1 as a, 'x' as b", "--csv").stdout.splitlines() == ["a,b", "1,x"]
+    both = call("sql", store, "select 1", "--csv", "--json")
+    assert (both.exit_code, both.stdout) == (2, "")
+    assert "--csv and --json" in both.stderr
 
 
 def test_missing_values_are_null_in_json(store):
@@ -173,9 +206,9 @@ def test_missing_values_are_null_in_json(store):
 
 def test_analyze_computes_once(store):
     call("analyze", store)
-    again = rows("analyze", store)
-    assert again
-    assert {row["state"] for row in again} == {"fresh"}
+    again = call("analyze", store, "--json")
+    assert {row["state"] for row in json.loads(again.stdout)["rows"]} == {"fresh"}
+    assert again.stderr == "", "nothing was computed, so nothing is said to be done"
 
 
 def test_claims_are_judged_and_too_few_seeds_are_underpowered(store):
@@ -185,8 +218,12 @@ def test_claims_are_judged_and_too_few_seeds_are_underpowered(store):
     assert {row["verdict"] for row in judged} == {"underpowered"}
     assert result.exit_code == 0
     text = call("claims", store).stdout
-    assert "underpowered" in text
+    header, *table = text.partition("\n\n")[0].splitlines()
+    assert header.split() == ["claim", "verdict", "runs", "measured"]
+    assert [line.split()[:2] for line in table] == [[row["claim"], "underpowered"] for row in judged]
+    assert all(len(line) < 120 for line in table)
     assert "rule:" in text
+    assert all(change in text for change in CHANGES)
     stored = rows("sql", store, "select claim, verdict from claims")
     assert {(row["claim"], row["verdict"]) for row in stored} == {(row["claim"], row["verdict"]) for row in judged}
 
@@ -337,6 +374,26 @@ def test_kernel_of_a_model_by_import_path_needs_permission(tmp_path):
     assert run("kernel", "s", "--probe", "test", "--allow-imports").returncode == 0
 
 
+@pytest.mark.parametrize("active", [True, False], ids=["active", "not_active"])
+def test_demo_ends_with_commands_that_can_be_pasted(store, tmp_path, monkeypatch, active):
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    (tmp_path / "my venv" / "bin" / "activate").touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "my venv"))
+    monkeypatch.setattr("pipeline.cli.shutil.which", lambda name: "/usr/bin/ntk-eos" if active else None)
+    monkeypatch.setattr("pipeline.cli._write_report", lambda root, out, quiet: Path("report.html"))
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda study, overrides, root: load(study, SMALL, root))
+    result = call("demo", "--out", store)
+    assert result.exit_code == 0, result.output
+    commands = result.stdout.partition("is retrained):")[2].strip().splitlines()
+    assert commands[0].strip().startswith("ntk-eos sql" if active else f"source '{tmp_path}/my venv/bin/activate'")
+    series = commands[-1].strip().replace("0.001", "0.45")  # this store has that level
+    monkeypatch.undo()
+    done = subprocess.run(series.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [run.run_id for run in list_runs(store)]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -402,9 +459,11 @@ def test_a_root_that_cannot_be_written_or_is_something_else_is_refused(tmp_path)
     line = refused(2, "run", "smoke", "--out", tmp_path / "file" / "s", "-q")
     assert "cannot create" in line
     assert "is a file" in line
+    assert refused(2, "plan", "smoke", "--out", tmp_path / "file" / "s") == line
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
-    assert "is not a store" in refused(2, "run", "smoke", "--out", tmp_path / "photos", "-q")
+    for command in ("run", "plan"):
+        assert "is not a store" in refused(2, command, "smoke", "--out", tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
@@ -433,16 +492,34 @@ def test_bad_or_writing_sql_is_one_line_and_changes_nothing(store, query, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_only_the_workers_find_is_one_line_too_and_writes_nothing(tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch, device):
     import torch
 
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the device")
-    result = call("run", "smoke", "--out", tmp_path / "s", "-q", *sets("compute.device=cuda"))
-    assert result.exit_code == 2
-    assert "torch finds no such device" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    line = refused(2, "run", "smoke", "--out", tmp_path / "s", *sets(f"compute.device={device}"))
+    assert "torch finds no such device" in line
     assert not (tmp_path / "s").exists()
+
+
+def test_a_model_that_cannot_be_imported_is_one_line(tmp_path):
+    override = 'model={import="no_such_module:build"}'
+    line = refused(2, "run", "smoke", "--out", tmp_path / "s", "--allow-imports", "--set", override)
+    assert "importing no_such_module failed" in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_interrupt_before_anything_was_measured_says_so(tmp_path, monkeypatch):
+    def stopped(runs, root, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return iter([Outcome(run.run_id, "interrupted") for run in runs])
+
+    monkeypatch.setattr("pipeline.sweep.sweep", stopped)
+    result = call("run", "smoke", "--out", tmp_path / "s")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted; nothing was measured yet"
+    assert "done" not in result.stderr
 
 
 def test_an_edited_title_and_claims_reach_runs_that_are_done(tmp_path):
@@ -470,7 +547,9 @@ def test_status_names_a_run_that_cannot_be_read_and_goes_on(store, tmp_path):
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_without_the_packages_for_training_the_extra_is_named(tmp_path, monkeypatch, command):
     monkeypatch.setattr("pipeline.cli.find_spec", lambda name: None)
-    assert "pip install 'ntk-eos[train]'" in refused(1, command, "smoke", "--out", tmp_path / "s", "-q")
+    assert "pip install '.[train]' in the folder of ntk-eos" in refused(
+        1, command, "smoke", "--out", tmp_path / "s", "-q"
+    )
 
 
 def test_an_unknown_run_is_not_found(store):
@@ -489,12 +568,13 @@ def test_a_run_that_somebody_else_writes_is_locked(tmp_path):
         patience = time.monotonic() + 60
         while not any((tmp_path / "s").glob("runs/*.zarr/run.json")) and time.monotonic() < patience:
             time.sleep(0.05)
-        result = call(*arguments, "-q")
+        line = refused(5, *arguments)
         writer.send_signal(signal.SIGINT)
         said = writer.communicate(timeout=60)[1]
-    assert result.exit_code == 5
-    assert "is being written by process" in result.stderr
+    assert "is being written by process" in line
+    assert line.count("lr-0.05_seed-0") == 1
     assert writer.returncode == 130
+    assert "done in" not in said
     assert "what was measured is saved" in said
     assert [row["status"] for row in rows("status", tmp_path / "s")] == ["interrupted"]
 

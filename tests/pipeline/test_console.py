@@ -35,6 +35,8 @@ def test_json_has_a_schema_and_no_nan(capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed) == {"schema": 1, "rows": [{"a": None, "b": [1, None], "c": {"d": None}}]}
     assert "NaN" not in printed
+    show([], as_json=True, total={"seconds": float("inf")})
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "rows": [], "total": {"seconds": None}}
 
 
 def test_nothing_to_show_is_said_on_stderr(capsys):
@@ -94,6 +96,21 @@ def test_progress_on_a_terminal_is_a_bar_that_leaves_nothing_but_the_last_line(m
     assert "50%" in shown
     assert "a line above the bar" in shown
     assert shown.rstrip().endswith("training: done in 0 s")
+
+
+def test_work_that_failed_is_not_called_done(capsys):
+    with pytest.raises(KeyboardInterrupt), Progress("training"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"), [("2 complete, 1 failed", "training: 2 complete, 1 failed in 0 s\n"), ("", "")]
+)
+def test_the_last_line_says_how_it_ended(capsys, ending, said):
+    with Progress("training") as progress:
+        progress.end(ending)
+    assert capsys.readouterr().err == said
 
 
 def test_quiet_progress_says_nothing_but_warnings(capsys):

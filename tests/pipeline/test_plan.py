@@ -1,6 +1,7 @@
 """Rows, bytes, state and time of what `run` would do."""
 
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
 from pipeline.config import File, Mlp, load_study
 from pipeline.errors import InputError, MissingError, NtkEosError
-from pipeline.plan import plan_runs, plan_study
+from pipeline.plan import START_SECONDS, Plan, plan_runs, plan_study
 from pipeline.train import train
 
 
@@ -160,7 +161,31 @@ def test_the_state_of_a_run_is_what_the_store_says(tmp_path):
 
 def test_the_time_grows_with_the_steps_left(tmp_path):
     seconds = [plan_study(load_study("smoke", [f"stop.steps={n}"]), str(tmp_path), 1).seconds for n in (10**3, 10**6)]
-    assert seconds[1] > 100 * seconds[0] > 0
+    assert seconds[1] - START_SECONDS > 100 * (seconds[0] - START_SECONDS) > 0
+
+
+def test_the_time_is_that_of_workers_who_take_the_next_run_when_they_are_free(tmp_path):
+    runs = plan_runs(
+        load_study("smoke", ["stop.steps=30", "seed=[0, 1, 2, 3, 4]", "learning_rate=0.1"]).runs(), "nowhere"
+    )
+    lengths = [10, 30, 20, 20, 10]
+    planned = tuple(replace(run, steps_left=steps) for run, steps in zip(runs, lengths, strict=True))
+    assert Plan(planned, 2, 0.1).seconds == pytest.approx(START_SECONDS + 5)  # 10 + 20 + 20 beside 30 + 10
+    assert Plan(planned, 9, 0.1).seconds == pytest.approx(START_SECONDS + 3)
+    assert [row["seconds"] for row in Plan(planned, 2, 0.1).rows()] == pytest.approx([1, 3, 2, 2, 1])
+    assert Plan(planned, 2, 0.1).total() == {
+        "runs": 5, "bytes": 5 * planned[0].nbytes, "seconds": pytest.approx(START_SECONDS + 5),
+    }  # fmt: skip
+    assert {row["seconds"] for row in Plan(planned, 2, None).rows()} == {None}
+
+
+def test_what_is_done_costs_nothing(tmp_path):
+    study = load_study("smoke", ["stop.steps=3", "learning_rate=0.1"])
+    train(study.runs()[0], str(tmp_path))
+    plan = plan_study(study, str(tmp_path), 1)
+    assert plan.total() == {"runs": 0, "bytes": 0, "seconds": 0.0}
+    assert [row["seconds"] for row in plan.rows()] == [0.0]
+    assert plan.summary() == "nothing to do: all 1 runs are done"
 
 
 def test_a_study_that_imports_its_model_has_no_time():

@@ -1,7 +1,10 @@
 """Many runs in processes: same bits as one after the other, failures contained, stopping and resuming."""
 
 import os
+import re
 import signal
+from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +71,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
 
     def kill_once() -> bool:
         for run in list_runs(root) if (tmp_path / "s" / "runs").exists() and not killed else []:
-            if run.attrs["commits"] and run.status == "running":
+            if run.status == "running" and run.heartbeat.get("commits"):
                 killed.append(run.heartbeat["pid"])
                 os.kill(killed[0], signal.SIGKILL)
                 break
@@ -78,6 +81,23 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
     assert killed
     assert sorted(outcome.run_id for outcome in outcomes) == sorted(run.run_id for run in runs())
     assert {outcome.status for outcome in outcomes} == {"complete"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="masks of other processes are read from /proc")
+def test_workers_never_see_the_signals_of_the_terminal_not_even_while_they_start(tmp_path):
+    masks: set[int] = set()
+
+    def look() -> bool:
+        for worker in active_children():
+            blocked = re.search(r"^SigBlk:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text(), re.MULTILINE)
+            masks.add(int(blocked[1], 16))
+        return False
+
+    list(sweep(runs(steps=300), str(tmp_path / "s"), workers=2, on_poll=look))
+    assert masks
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert all(mask & (1 << (number - 1)) for mask in masks)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "here they are open again"
 
 
 def test_a_sweep_whose_reader_fails_stops_its_workers(tmp_path):
