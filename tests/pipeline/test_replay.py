@@ -207,9 +207,10 @@ def test_a_run_that_only_had_to_be_closed_closes_its_result(tmp_path, monkeypatc
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("pipeline.store.Writer.finish", killed)
-        train(config(), str(tmp_path))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), str(tmp_path))
     run = run_path(tmp_path, config().run_id)
     before = read_run(run)
     assert read_run(replay(run, probe="train")).status == "interrupted"
