@@ -165,9 +165,13 @@ class Recorder:
             for group, cadence in cadences.items()
         }
         # What is not asked for is left out, so that it changes the name of no run.
-        recorded |= {"kernels": chosen} if len(chosen) > 1 else {}
-        recorded |= {name: True for name, asked in {"layers": layers, "ntk_full": ntk_full}.items() if asked}
-        recorded |= {"hessian_eigenpairs": hessian_eigenpairs} if hessian_eigenpairs != 1 else {}
+        requests = {
+            "kernels": chosen if len(chosen) > 1 else None,
+            "layers": layers or None,
+            "ntk_full": ntk_full or None,
+            "hessian_eigenpairs": hessian_eigenpairs if hessian_eigenpairs > 1 else None,
+        }
+        recorded |= {name: value for name, value in requests.items() if value is not None}
         self.identity = {"record": recorded, **identity, "learning_rate": learning_rate, "seed": seed}
         self.run_id = run_id or f"lr-{learning_rate!r}_seed-{seed}_{blake(zarr3.to_json(self.identity)).hex()[:8]}"
         self.restored_state: dict[str, Tensor] = {}
@@ -402,7 +406,7 @@ def _chosen(kernels: Sequence[KernelChoice]) -> list[dict[str, Any]]:
         raise InputError(f"kernels = {names}: must have 'ntk' among them; the others are recorded beside it")
     if len(set(names)) < len(names):
         raise InputError(f"kernels = {names}: each at most once, as its variables are called by its name")
-    return sorted(tables, key=lambda table: table["name"] != "ntk")
+    return sorted(tables, key=lambda table: (table["name"] != "ntk", table["name"]))
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

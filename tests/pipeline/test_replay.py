@@ -203,6 +203,22 @@ def test_an_unfinished_run_gives_an_unfinished_result_until_it_ends(tmp_path):
     assert read_run(replay(run, probe="train")).status == "complete"
 
 
+def test_a_run_that_only_had_to_be_closed_closes_its_result(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.store.Writer.finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), str(tmp_path))
+    run = run_path(tmp_path, config().run_id)
+    before = read_run(run)
+    assert read_run(replay(run, probe="train")).status == "interrupted"
+    train(config(), str(tmp_path))
+    assert read_run(run).head == before.head
+    assert read_run(replay(run, probe="train")).status == "complete"
+
+
 def test_a_diverged_run_stays_one(tmp_path):
     wild = config(learning_rate=1e6, model=Mlp(width=6, depth=2, activation="relu"))
     run = trained(tmp_path, wild)
