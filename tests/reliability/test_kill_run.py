@@ -1,4 +1,8 @@
-"""SIGKILL of `ntk-eos run` at random moments: nothing committed is lost and the end is the same, bit for bit."""
+"""SIGKILL of `ntk-eos run` at random moments: nothing committed is lost and the end is the same, bit for bit.
+
+Each kill costs the start of a command and of its workers, some 4 s, so twenty do not fit into a minute: the short test,
+which runs with all others, kills 5 times; the full one, which `make reliability` runs, 24 times.
+"""
 
 import json
 import os
