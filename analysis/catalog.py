@@ -1,9 +1,9 @@
 """The catalogue: a DuckDB file of tables derived from the runs of a store and from the results of its measures.
 
 It is an index, not the truth: `sync` reads the runs that changed since the last time into a private copy and publishes
-that by one rename; everybody else opens the file read-only. Deleting it loses nothing. For a store that cannot be written,
-and has none that is up to date, it is built in the user's cache. Its tables are those of `analysis.tables`. Missing is
-NULL, never NaN.
+that by one rename; everybody else opens the file read-only. Deleting it loses nothing. For a store that may not be
+written, and has none that is up to date, it is built in the user's cache. Its tables are those of `analysis.tables`.
+Missing is NULL, never NaN.
 """
 
 import hashlib

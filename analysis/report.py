@@ -134,13 +134,14 @@ def _figures(root: Root, progress: Callable[[float, str], None]) -> list[dict[st
     found = []
     for number, drawing in enumerate(drawings.values()):
         progress(number / len(drawings), f"figure {drawing.name}")
-        images, queries, missing = [], [], ""
+        images, missing = [], ""
+        over: dict[str, list[str]] = {}
         try:
             for x in drawing.axes:
                 images.append(
                     (f"{drawing.title}, over {x}", base64.b64encode(render(drawing.draw(root, x), "png")).decode())
                 )
-                queries.append(drawing.sql(root, x))
+                over.setdefault(drawing.sql(root, x), []).append(x)
         except NtkEosError as error:
             missing = f"Not drawn: {error}."
         found.append(
@@ -149,7 +150,7 @@ def _figures(root: Root, progress: Callable[[float, str], None]) -> list[dict[st
                 "title": drawing.title,
                 "caption": drawing.caption,
                 "images": images,
-                "queries": list(dict.fromkeys(queries)),
+                "queries": [(sql, f", over {' and '.join(xs)}" if len(over) > 1 else "") for sql, xs in over.items()],
                 "missing": missing,
             }
         )

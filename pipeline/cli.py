@@ -309,10 +309,11 @@ def _endings(outcomes: Sequence["Outcome"], root: str) -> str:
 
     parts = []
     for status, count in Counter(outcome.status for outcome in outcomes).items():
-        reasons: dict[str, None] = {}
+        reasons: list[str] = []
         if status == "diverged":
             runs = [read_run(run_path(root, outcome.run_id)) for outcome in outcomes if outcome.status == status]
-            reasons = dict.fromkeys(run.attrs["stop_reason"] for run in runs)
+            reasons = list(dict.fromkeys(run.attrs["stop_reason"] for run in runs))
+            reasons[3:] = ["..."] if len(reasons) > 3 else []
         parts.append(f"{count} {status}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return ", ".join(parts)
 

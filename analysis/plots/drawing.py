@@ -1,7 +1,9 @@
 """Pure drawing: frames of numbers in, matplotlib figures out; no store, no global state of pyplot."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 STYLE: dict[Any, Any] = {
@@ -30,12 +33,23 @@ X_LABELS = {
 BLUE, VERMILION, GREY, SHADE = "#0072B2", "#D55E00", "0.35", "0.82"
 MARKERS = "os^Dv<p>"
 BAND = 0.14  # opacity of a band of one standard deviation
+EM = 0.5  # mean width of a character of such text, in font sizes
+LABEL_WIDTH = 28  # characters of a line of a label
+PATTERNS = 3  # of dashes
 MOST_LINES = 12  # more can neither be told apart nor named beside the axes
 
 # `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
 SHORTEST = 3
 # It ends, a quarter of its length later, where the sharpness last left this distance from its line, relative to it.
 SETTLED = 0.02
+
+
+@contextmanager
+def odd_glyphs() -> Iterator[None]:
+    """A name in a script that the font lacks shows as boxes, without a warning; the numbers are none the worse."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
@@ -60,7 +74,6 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
     figure = Figure(figsize=(7.6, 4.2))
     axes = figure.add_subplot()
     palette, setting = _chosen(ends["label"], setting)
-    _head(axes, "Kernel target alignment along training", setting)
     ends = ends[ends["label"].isin(palette)]
     crossed = ends.groupby("label")["crossed"].any()
     dashes = _dashes([label for label in palette if not crossed[label]])
@@ -82,6 +95,7 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
         notes.append(Line2D([], [], linestyle="", label=f"{diverged.sum()} diverged, not shown"))
     if x == "loss" and len(curves):
         axes.set_xscale("log")
+        _label_losses(axes)
         axes.invert_xaxis()
     elif x == "step":
         # Runs differ tenfold in length; step 0 has no logarithm, so the first step is drawn linearly.
@@ -91,6 +105,7 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
     axes.set(xlabel=X_LABELS[x], ylabel="KTA = yᵀKy / (‖K‖ ‖y‖²)")
     _legend(figure, "upper", title="learning rate η", handlelength=3.2)
     _legend(figure, "lower", handles=notes)
+    _head(axes, "Kernel target alignment along training", setting)
     return figure
 
 
@@ -110,7 +125,6 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
     grid = figure.add_gridspec(len(palette), 2)
     right = figure.add_subplot(grid[:, 1])
     rows = [figure.add_subplot(grid[i, 0]) for i in range(len(palette))]
-    _head(rows[0], f"Share of the target in each NTK eigenvector, at loss {level:g}", setting)
     top = (shares["c"] + shares["c_sd"].fillna(0)).max()
     last = int(shares["mode"].max())
     ticks = [1, *range(5, last + 1, 5)]
@@ -138,6 +152,7 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
             Patch(color=GREY, alpha=BAND, linewidth=0, label="± 1 sd (curves)"),
         ]
         _legend(figure, "lower", title="over seeds", handles=notes)
+    _head(rows[0], f"Share of the target in each NTK eigenvector, at loss {level:g}", setting, right)
     return figure
 
 
@@ -152,7 +167,6 @@ def plot_edge(rows: pd.DataFrame, title: str, setting: str = "") -> Figure:
     """
     figure = Figure(figsize=(7.6, 4.8))
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _head(upper, title, setting)
     shown = rows.iloc[: _window(rows)]
     falling = steady((shown["phase"] == "eos_falling").to_numpy(), SHORTEST)
     line = rows["line"].iloc[0]
@@ -173,6 +187,7 @@ def plot_edge(rows: pd.DataFrame, title: str, setting: str = "") -> Figure:
     if falling:
         handles.append(Patch(color=SHADE, label="sharpness falls"))
     _legend(figure, "upper", handles=handles)
+    _head(upper, title, setting)
     return figure
 
 
@@ -197,11 +212,20 @@ def _window(rows: pd.DataFrame) -> int:
     return min(len(rows), int(1.25 * (away[-1] + 1)) + 1) if len(away) else len(rows)
 
 
-def _head(axes: Axes, title: str, setting: str) -> None:
-    """Above the axes: a title, and in small print what was trained. Names from a store are never read as formulas."""
+def _head(axes: Axes, title: str, setting: str, last: Axes | None = None) -> None:
+    """Above the axes: a title, and in small print what was trained. Names from a store are never read as formulas.
+
+    The small print is as wide as the axes, or reaches to the end of `last`: the legends must be there already.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    with odd_glyphs():
+        figure.draw_without_rendering()  # lays the axes out
+    points = 72 / figure.dpi * ((last or axes).get_window_extent().x1 - axes.get_window_extent().x0)
     # Lines break between facts, not within one: textwrap leaves no-break spaces alone.
-    facts = setting.replace(" ", "\u00a0").replace("\u00a0·\u00a0", " · ")
-    small = [line.strip(" ·") for line in textwrap.wrap(facts, 105, max_lines=3)] or [""]
+    facts = setting.replace(" ", "\u00a0").replace("\u00a0·\u00a0", " · ").replace("\u00a0|\u00a0", "\u00a0| ")
+    width = int(points / (EM * STYLE["axes.titlesize"]))
+    small = [line.strip(" ·") for line in textwrap.wrap(facts, width, max_lines=3)] or [""]
     axes.set_title("\n".join(small), loc="left", parse_math=False)
     # Empty lines leave room for the small print; titles, unlike other text, do not widen the margins.
     axes.set_title(
@@ -231,8 +255,17 @@ def _ends(
 
 def _dashes(labels: Sequence[str]) -> dict[str, tuple[float, tuple[float, float]]]:
     """A dash pattern per label; where lines coincide, as they should below the edge, the dashes alternate."""
-    gap = 4 * max(len(labels) - 1, 0.5)
-    return {label: (-4 * i, (4, gap)) for i, label in enumerate(labels)}
+    gap = 4 * max(min(len(labels), PATTERNS) - 1, 0.5)
+    return {label: (-4 * (i % PATTERNS), (4, gap)) for i, label in enumerate(labels)}
+
+
+def _label_losses(axes: Axes) -> None:
+    """On an axis of less than two decades label 1, 2 and 5 of each; the usual labels would be few or overlap."""
+    low, high = sorted(axes.get_xlim())
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _band(axes: Axes, x: pd.Series, mean: pd.Series, deviation: pd.Series, colour: str) -> None:
@@ -245,3 +278,4 @@ def _legend(figure: Figure, place: str, **options: Any) -> None:
     legend = figure.legend(**options)
     for text in legend.get_texts():
         text.set_parse_math(False)
+        text.set_text(textwrap.fill(text.get_text(), LABEL_WIDTH))

@@ -45,15 +45,17 @@ def draw_kta(root: Root, x: str = "step") -> Figure:
         x: step, time (step times learning rate) or loss.
 
     Raises:
-        MissingError: if no run has a KTA.
+        MissingError: if no run has a KTA, or all that have one diverged.
     """
     ends, lines = numbers.frame(root, numbers.ENDS), numbers.lines(root)
     if ends.empty:
         raise MissingError(f"no run of {root} has a kernel target alignment: record kernel scalars or snapshots")
+    if (ends["status"] == "diverged").all():
+        raise MissingError(f"all {len(ends)} run(s) of {root} with a kernel target alignment diverged")
     ends["label"] = ends["run_id"].map(lines.set_index("run_id")["label"])
     # A run whose sharpness was not recorded is not said to have stayed below.
     ends["crossed"] = ends["crossed"].astype("boolean").fillna(True).astype(bool)
-    # Without a row the columns have no type that could be drawn: so it is where every run diverged.
+    # Without a row the columns have no type that could be drawn: so it is where no loss is common to the seeds.
     curves = numbers.frame(root, kta_sql(root, x)).astype({x: float, "kta": float, "sd": float})
     curves["label"] = curves["line"].map(lines.drop_duplicates("line").set_index("line")["label"])
     return plot_kta(curves, ends, x, numbers.setting(list_runs(root)))

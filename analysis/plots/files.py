@@ -1,7 +1,6 @@
 """Figures as files: the same bytes for the same figure, each file there when it is whole."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from analysis.plots.drawing import STYLE
+from analysis.plots.drawing import STYLE, odd_glyphs
 from pipeline.disk import Directory
 from pipeline.errors import InputError
 
@@ -26,9 +25,7 @@ def render(figure: Figure, kind: str) -> bytes:
     if kind not in METADATA:
         raise InputError(f"format {kind!r}: must be one of {', '.join(METADATA)}")
     buffer = BytesIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": "ntk-eos"}), warnings.catch_warnings():
-        # A name in a script that the font lacks shows as boxes; the numbers are none the worse.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "ntk-eos"}), odd_glyphs():
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=METADATA[kind])
     return buffer.getvalue()
 

@@ -5,6 +5,7 @@ A line of a figure is the runs that differ in nothing but their seed. Runs that 
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ def frame(root: Root, sql: str) -> pd.DataFrame:
 def lines(root: Root) -> pd.DataFrame:
     """One row per run, in the order of the legend: line, run_id, learning_rate, seed, status, label.
 
-    A label is the learning rate, and whatever else differs between the lines of this store.
+    A label is the learning rate, and whatever else differs between the lines of this store, by the last part of its key
+    where that is enough.
     """
     runs = frame(root, ALL_LINES)
     settings = {line: dict(_flat(json.loads(text))) for line, text in zip(runs["line"], runs["config"], strict=True)}
@@ -117,8 +119,10 @@ def lines(root: Root) -> pd.DataFrame:
         for key in keys
         if key not in ("learning_rate", "seed") and len({repr(entries.get(key)) for entries in settings.values()}) > 1
     ]
+    ends = Counter(key.rpartition(".")[2] for key in differing)
+    short = {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in differing}
     details = {
-        line: "".join(f", {key} {entries[key]}" for key in differing if key in entries)
+        line: "".join(f", {short[key]} {entries[key]}" for key in differing if key in entries)
         for line, entries in settings.items()
     }
     runs["label"] = [f"{rate:g}{details[line]}" for rate, line in zip(runs["learning_rate"], runs["line"], strict=True)]
@@ -172,16 +176,22 @@ def setting(runs: Sequence[Run]) -> str:
     """What was trained, in one line: data, model, sizes, seeds, loss."""
     parts = []
     for table in ("data", "model"):
-        parts.append(either(words(run.attrs["identity"].get(table), without=("n",)) for run in runs))
-    parts.append("n = " + either(f"{run.node('probe/target')['shape'][0]:,}" for run in runs))
+        parts.append(_few(words(run.attrs["identity"].get(table), without=("n",)) for run in runs))
+    parts.append("n = " + _few(f"{run.node('probe/target')['shape'][0]:,}" for run in runs))
     parameters = [node for run in runs if (node := run.arrays("snapshots").get("parameter"))]
     if parameters:
-        parts.append("p = " + either(f"{node['shape'][1]:,}" for node in parameters))
+        parts.append("p = " + _few(f"{node['shape'][1]:,}" for node in parameters))
     seeds = sorted({run.attrs["seed"] for run in runs if "seed" in run.attrs})
     if seeds:
         parts.append(f"{len(seeds)} seeds" if len(seeds) > 6 else f"seed{'s' * (len(seeds) > 1)} {words(seeds)}")
     parts.append(either(run.attrs.get("loss_convention", "").partition(";")[0].rstrip(".") for run in runs))
     return " · ".join(part for part in parts if part)
+
+
+def _few(texts: Iterable[str]) -> str:
+    """Each text once; of many the first, and how many others there are."""
+    distinct = list(dict.fromkeys(texts))
+    return either(distinct) if len(distinct) <= 3 else f"{distinct[0]} and {len(distinct) - 1} others"
 
 
 def words(table: Any, without: Sequence[str] = ()) -> str:

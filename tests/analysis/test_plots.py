@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from mock_store import mock_run, mock_store
 
 from analysis import catalog, results, studies
@@ -166,7 +167,7 @@ def test_the_legend_names_learning_rates_and_marks(store):
 
 def test_a_diverged_run_enters_no_mean_and_is_crossed(odd_store):
     figure = draw_kta(odd_store)
-    _, mean = line_of(figure, "1.2, model.width 8")
+    _, mean = line_of(figure, "1.2, width 8")
     kept = [run for run in runs_at(odd_store, 1.2) if run.run_id in ("lr-1.2_seed-0", "lr-1.2_seed-2")]
     np.testing.assert_allclose(mean, np.mean([kta(run)[:7] for run in kept], axis=0), rtol=1e-6)
     assert "a run diverged" in legends(figure)
@@ -177,7 +178,7 @@ def test_a_diverged_run_enters_no_mean_and_is_crossed(odd_store):
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_never_averaged(odd_store):
-    labels = ["0.1, model.width 8", "1.2, model.width 4", "1.2, model.width 8"]
+    labels = ["0.1, width 8", "1.2, width 4", "1.2, width 8"]
     assert sorted(line.get_label() for line in draw_kta(odd_store).axes[0].lines) == labels
     assert sorted(set(numbers.lines(odd_store)["label"])) == labels
 
@@ -195,17 +196,27 @@ def test_all_runs_diverged_is_a_picture_too():
     assert render(plot_kta(curves, ends, "loss"), "png").startswith(b"\x89PNG")
 
 
+def test_settings_of_the_same_name_keep_their_tables(monkeypatch):
+    configs = [f'{{"data": {{"width": {i}}}, "model": {{"width": {i}, "depth": {i}}}}}' for i in (1, 2)]
+    runs = pd.DataFrame({"line": [1, 2], "learning_rate": 0.1, "config": configs})
+    monkeypatch.setattr(numbers, "frame", lambda root, sql: runs)
+    assert list(numbers.lines("anywhere")["label"]) == [
+        f"0.1, data.width {i}, model.width {i}, depth {i}" for i in (1, 2)
+    ]
+
+
 @pytest.mark.parametrize("x", ["step", "time", "loss"])
-def test_a_store_whose_runs_all_diverged_is_drawn(diverged_store, x):
-    figure = draw_kta(diverged_store, x)
-    assert any("diverged" in text for text in legends(figure))
-    assert render(figure, "png").startswith(b"\x89PNG")
+def test_that_all_runs_diverged_is_said_instead_of_drawing_no_line(diverged_store, x):
+    with pytest.raises(MissingError, match=r"all 2 run\(s\) of .* with a kernel target alignment diverged"):
+        draw_kta(diverged_store, x)
 
 
 def test_that_all_runs_diverged_is_said_and_not_that_they_lack_scalars(diverged_store, tmp_path):
     with pytest.raises(MissingError, match=r"all 2 run\(s\) of .* with kernel scalars diverged"):
         FIGURES["phases"].draw(diverged_store, "step")
-    assert [path.name for path in draw_figures(diverged_store, folder=tmp_path, formats=["png"])] == ["kta.png"]
+    with pytest.raises(MissingError, match="with a kernel target alignment diverged"):
+        draw_figures(diverged_store, folder=tmp_path, formats=["png"])
+    assert list(tmp_path.iterdir()) == []
     assert draw_edge(diverged_store, run_id="lr-0.1_seed-0").axes[0].lines
 
 
@@ -487,6 +498,43 @@ def test_no_text_overlaps_a_neighbour(store, name, x):
     boxes += [axes.get_tightbbox(for_layout_only=True) for axes in figure.axes]
     for i, one in enumerate(boxes):
         assert not any(one.padded(-1).overlaps(other) for other in boxes[i + 1 :])
+
+
+LONG = " · ".join(["digits (target digit<5)", *(f"mlp (depth {i}, width 64)" for i in range(12)), "n = 300"])
+
+
+@pytest.mark.parametrize("setting", [LONG, LONG.replace(" · mlp", " | mlp")], ids=["facts", "models"])
+def test_the_small_print_is_no_wider_than_the_axes(setting):
+    labels = [f"0.{i}, data.target digit<{i}, model.width {64 * i}, model.activation tanh" for i in range(1, 7)]
+    ends = pd.DataFrame({"label": labels, "status": "complete", "crossed": True, "step": 9, "kta": 0.1})
+    curves = pd.DataFrame({"label": np.repeat(labels, 2), "step": [0, 9] * 6, "kta": 0.1, "sd": np.nan})
+    shares = pd.DataFrame(
+        {"label": labels, "mode": 1, "c": 0.1, "c_sd": np.nan, "cumulative": 0.1, "cumulative_sd": 0.1}
+    )
+    for figure in (
+        plot_kta(curves, ends, "step", setting),
+        plot_modes(shares, 0.1, setting),
+        plot_edge(edge_rows(["stable"] * 5), "a run", setting),
+    ):
+        figure.draw_without_rendering()
+        top = next(axes for axes in figure.axes if axes.get_title(loc="left"))
+        (text,) = [text for text in top.findobj(Text) if text.get_text() == top.get_title(loc="left")]
+        assert text.get_text().count("\n") in (1, 2)
+        assert text.get_window_extent().x1 <= max(axes.get_window_extent().x1 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("lowest", [0.41, 0.2, 0.04, 0.006, 1e-5])
+def test_labels_of_losses_do_not_overlap_and_are_several(lowest):
+    ends = pd.DataFrame({"label": ["1"], "status": "complete", "crossed": True, "loss": lowest, "kta": 0.1})
+    curves = pd.DataFrame({"label": "1", "loss": [0.5, lowest], "kta": 0.1, "sd": np.nan})
+    figure = plot_kta(curves, ends, "loss")
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    labels = [label for which in ("major", "minor") for label in axis.get_ticklabels(which=which) if label.get_text()]
+    low, high = sorted(figure.axes[0].get_xlim())
+    boxes = [label.get_window_extent() for label in labels if low <= label.get_position()[0] <= high]
+    assert len(boxes) >= 2
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
 
 
 def test_figures_need_no_display_and_leave_pyplot_alone():

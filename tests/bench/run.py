@@ -1,7 +1,8 @@
 """Costs as ratios, each pair measured in turn within this run: `make bench`.
 
-A ratio of two medians taken side by side survives a busy machine; a single time does not. One thread per process
-throughout, as in a sweep: the Makefile sets BLAS's, the runs set torch's.
+A ratio of two medians taken side by side says more than a time does, but it is not free of the load of the machine: on
+busy cores one of these ratios was seen to go from 10 to 18. Compare what was measured on idle ones. One thread per
+process throughout, as in a sweep: the Makefile sets BLAS's, the runs set torch's.
 """
 
 import argparse
