@@ -98,8 +98,7 @@ class _Watch(TorchFunctionMode):
                 self.uses[name] = None
                 continue
             uses.append(use)
-            tensors = [tensor for tensor in (use.output, use.saved) if tensor is not None]
-            self.kept.append((number, [(tensor, tensor._version) for tensor in tensors]))
+            self.kept.append((number, [(tensor, tensor._version) for tensor in (use.output, *use.inputs)]))
         return output.clone() if number in self.copied else output
 
     def _found(

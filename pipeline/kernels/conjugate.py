@@ -49,7 +49,7 @@ def _features(model: nn.Module, x: Any) -> Tensor:
     for start in range(0, example_count(x), EXAMPLES):
         captured = capture(model, some(x, slice(start, start + EXAMPLES)), names)
         last = [use for uses in captured.uses.values() for use in uses or () if use.output is captured.result]
-        features = next((use.saved for use in last if isinstance(use, Outer)), None)
+        features = next((use.inputs[0] for use in last if isinstance(use, Outer)), None)
         if features is None:
             raise InputError(
                 f"{type(model).__name__} does not end in a linear map, so it has no conjugate kernel: its result must "

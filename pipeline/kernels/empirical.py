@@ -191,7 +191,7 @@ class NTK:
                 if captured:
                     known.check(captured)
                 measured = Measured(
-                    captured,
+                    captured.uses if captured else {},
                     output_gradients(captured) if captured else [],
                     jacobians(work.model, examples, known.generic, known.c) if known.generic else {},
                 )

@@ -38,12 +38,12 @@ class Use(ABC):
     Attributes:
         shape: of the tensor.
         output: what the call returned; B is the gradient with respect to it.
-        saved: what of the call's inputs is needed later, None if nothing.
+        inputs: what of the call's inputs is needed later: one tensor, or none.
     """
 
-    def __init__(self, shape: torch.Size, output: Tensor, saved: Tensor | None = None) -> None:
+    def __init__(self, shape: torch.Size, output: Tensor, *inputs: Tensor) -> None:
         self.shape, self.output = shape, output
-        self.saved = None if saved is None else saved.detach()
+        self.inputs = tuple(tensor.detach() for tensor in inputs)
 
     @abstractmethod
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
@@ -66,14 +66,13 @@ def by_example(tensor: Tensor, n: int) -> Tensor:
 class Outer(Use):
     """Weight W (e, d) of `x Wᵀ`; or (d, e) of `x W` if `transposed`."""
 
-    def __init__(self, shape: torch.Size, output: Tensor, saved: Tensor, transposed: bool = False) -> None:
-        super().__init__(shape, output, saved)
+    def __init__(self, shape: torch.Size, output: Tensor, input: Tensor, transposed: bool = False) -> None:
+        super().__init__(shape, output, input)
         self.transposed = transposed
 
     def factors(self, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """A (n, T, d) and B (n, T, e)."""
-        assert self.saved is not None
-        a, b = (by_example(tensor, n) for tensor in (self.saved, gradient))
+        a, b = (by_example(tensor, n) for tensor in (*self.inputs, gradient))
         return a.reshape(n, -1, a.shape[-1]), b.reshape(n, -1, b.shape[-1])
 
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
@@ -92,15 +91,14 @@ class Convolution(Use):
     """
 
     def __init__(
-        self, shape: torch.Size, output: Tensor, saved: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+        self, shape: torch.Size, output: Tensor, padded: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
     ) -> None:
-        super().__init__(shape, output, saved)
+        super().__init__(shape, output, padded)
         self.stride, self.dilation = stride, dilation
 
     def patches(self, examples: slice, buffer: Tensor | None = None) -> Tensor:
         """Patches of some examples (m, T, d), the channels within each place of the kernel."""
-        assert self.saved is not None
-        padded, kernel, sizes = self.saved[examples].movedim(1, -1), self.shape[2:], self.output.shape[2:]
+        padded, kernel, sizes = self.inputs[0][examples].movedim(1, -1), self.shape[2:], self.output.shape[2:]
         m, channels = len(padded), padded.shape[-1]
         if buffer is None:
             buffer = padded.new_empty(m, *sizes, math.prod(kernel), channels)
@@ -118,7 +116,6 @@ class Convolution(Use):
 
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
         """Σ_t B_it A_itᵀ, a few examples at a time."""
-        assert self.saved is not None
         n, e = gradient.shape[:2]
         channels, places = self.shape[1], math.prod(self.shape[2:])
         gradient, matrices = gradient.flatten(2), rows.unflatten(1, (e, channels, places))
@@ -147,13 +144,13 @@ class Scaled(Use):
     Args:
         shape: the tensor's, followed by 1s if its axes are not the last ones of the output.
         output: what the call returned.
-        saved: M, what the tensor multiplies; None if it is added.
+        inputs: M, what the tensor multiplies; nothing if it is added.
     """
 
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
         """Σ B_i ∘ M_i over the axes along which the tensor was broadcast."""
         n = len(rows)
-        found = by_example(gradient if self.saved is None else gradient * self.saved, n)
+        found = by_example(math.prod(self.inputs, start=gradient), n)
         shape = list(self.shape)
         if len(shape) == found.ndim and shape[0] == 1:
             shape = shape[1:]  # it has an axis for the examples
@@ -167,17 +164,16 @@ class Scaled(Use):
 
 @final
 class Scattered(Use):
-    """Table (v, d) of an embedding; `saved` holds the row of each token."""
+    """Table (v, d) of an embedding, whose input is the row of each token."""
 
-    def __init__(self, shape: torch.Size, output: Tensor, saved: Tensor, padding: int | None) -> None:
-        super().__init__(shape, output, saved)
+    def __init__(self, shape: torch.Size, output: Tensor, tokens: Tensor, padding: int | None) -> None:
+        super().__init__(shape, output, tokens)
         self.padding = padding
 
     def write_gradients(self, gradient: Tensor, rows: Tensor) -> None:
         """Each token's gradient, added to its row of the table."""
-        assert self.saved is not None
         n, d = len(rows), self.shape[1]
-        tokens = by_example(self.saved, n).reshape(n, -1, 1)
+        tokens = by_example(self.inputs[0], n).reshape(n, -1, 1)
         found = by_example(gradient, n).reshape(n, -1, d)
         if self.padding is not None:
             found = found * (tokens != self.padding)

@@ -191,7 +191,7 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
     right, absent = _proven(captured, tensors, tolerance)
     uses = {name: of for name in right if (of := captured.uses[name])}
     outputs = {id(use.output): use.output.numel() for of in uses.values() for use in of}
-    saved = {use.saved.data_ptr(): use.saved.numel() for of in uses.values() for use in of if use.saved is not None}
+    inputs = {one.data_ptr(): one.numel() for of in uses.values() for use in of for one in use.inputs}
     n = example_count(x)
     return Structure(
         c=captured.result.shape[1],
@@ -201,7 +201,7 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
         sizes={name: tensor.numel() for name, tensor in tensors.items()},
         copied=frozenset(copied),
         images=images,
-        held=(sum(outputs.values()) + sum(saved.values())) // n,
+        held=(sum(outputs.values()) + sum(inputs.values())) // n,
         widest=max(outputs.values(), default=0) // n,
     )
 
@@ -290,20 +290,20 @@ def _weights(captured: Captured, uses: dict[str, list[Use]], x: Any) -> dict[str
     """The tensors that are the weight of one call and nothing else, with that call's bias."""
     n = example_count(x)
     alone = {name: found[0] for name, found in uses.items() if len(found) == 1}
-    biases = {id(use.output): name for name, use in alone.items() if isinstance(use, Scaled) and use.saved is None}
+    biases = {id(use.output): name for name, use in alone.items() if isinstance(use, Scaled) and not use.inputs}
     found = {}
     for name, use in alone.items():
-        if not isinstance(use, Outer | Convolution) or use.saved is None or (isinstance(use, Outer) and use.transposed):
+        if not isinstance(use, Outer | Convolution) or (isinstance(use, Outer) and use.transposed):
             continue
         a, b = use.factors(use.output.detach(), n)
-        leaf = tree_leaves(x)[0]
+        (one,), leaf = use.inputs, tree_leaves(x)[0]
         found[name] = Weight(
             positions=a.shape[1],
             inputs=a.shape[2],
             outputs=b.shape[2],
             head=use.output is captured.result,
             bias=biases.get(id(use.output)),
-            of_examples=leaf is x and use.saved.data_ptr() == leaf.data_ptr() and use.saved.numel() == leaf.numel(),
+            of_examples=leaf is x and (one.data_ptr(), one.numel()) == (leaf.data_ptr(), leaf.numel()),
         )
     return found
 

@@ -17,13 +17,12 @@ Source: Novak, Sohl-Dickstein, Schoenholz (2022), arXiv 2206.08720, section 3.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 from torch import Tensor
 
 from pipeline.kernels import gram
-from pipeline.kernels.capture import Captured
-from pipeline.kernels.rules import Convolution, Outer
+from pipeline.kernels.rules import Convolution, Outer, Use
 from pipeline.kernels.structure import Structure, Weight, gradient_rows
 
 COLUMNS = 16_384  # of one block of gradients
@@ -37,12 +36,12 @@ class Measured:
     """Gradients of some examples.
 
     Attributes:
-        captured: what a forward pass left; None if nothing is captured of this model.
+        uses: the calls that take each captured tensor, by name.
         gradients: B of each captured call, for each output, by id of the call's output.
         generic: (n, c, p_l) of the tensors that only the generic path knows, by name.
     """
 
-    captured: Captured | None
+    uses: Mapping[str, list[Use] | None]
     gradients: list[dict[int, Tensor]]
     generic: Mapping[str, Tensor]
 
@@ -197,9 +196,8 @@ class Gradients(Term):
             if name in measured.generic:
                 rows.copy_(measured.generic[name])
             else:
-                assert measured.captured is not None
                 for output, gradients in enumerate(measured.gradients):
-                    gradient_rows(measured.captured.uses[name] or [], gradients, rows[:, output])
+                    gradient_rows(measured.uses[name] or [], gradients, rows[:, output])
             if (factor := self._setting.factors.get(name, 1.0)) != 1:
                 rows *= factor
 
@@ -212,11 +210,7 @@ class Gradients(Term):
 
 def _weight_use(name: str, measured: Measured) -> tuple[Outer | Convolution, list[Tensor]]:
     """The one call that takes a weight, and the gradients with respect to its output."""
-    assert measured.captured is not None
-    uses = measured.captured.uses[name]
-    assert uses is not None
-    (use,) = uses
-    assert isinstance(use, Outer | Convolution)
+    (use,) = cast(list[Outer | Convolution], measured.uses[name])  # so the structure says, and it was checked
     return use, [gradients[id(use.output)] for gradients in measured.gradients]
 
 
