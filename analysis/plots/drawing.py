@@ -105,7 +105,7 @@ def plot_kta(curves: pd.DataFrame, ends: pd.DataFrame, x: str, setting: str = ""
     axes.set(xlabel=X_LABELS[x], ylabel="KTA = yᵀKy / (‖K‖ ‖y‖²)")
     _legend(figure, "upper", title="learning rate η", handlelength=3.2)
     _legend(figure, "lower", handles=notes)
-    _head(axes, "Kernel target alignment along training", setting)
+    _head(figure, axes, "Kernel target alignment along training", setting)
     return figure
 
 
@@ -152,7 +152,7 @@ def plot_modes(shares: pd.DataFrame, level: float, setting: str = "") -> Figure:
             Patch(color=GREY, alpha=BAND, linewidth=0, label="± 1 sd (curves)"),
         ]
         _legend(figure, "lower", title="over seeds", handles=notes)
-    _head(rows[0], f"Share of the target in each NTK eigenvector, at loss {level:g}", setting, right)
+    _head(figure, rows[0], f"Share of the target in each NTK eigenvector, at loss {level:g}", setting, right)
     return figure
 
 
@@ -187,7 +187,7 @@ def plot_edge(rows: pd.DataFrame, title: str, setting: str = "") -> Figure:
     if falling:
         handles.append(Patch(color=SHADE, label="sharpness falls"))
     _legend(figure, "upper", handles=handles)
-    _head(upper, title, setting)
+    _head(figure, upper, title, setting)
     return figure
 
 
@@ -212,13 +212,11 @@ def _window(rows: pd.DataFrame) -> int:
     return min(len(rows), int(1.25 * (away[-1] + 1)) + 1) if len(away) else len(rows)
 
 
-def _head(axes: Axes, title: str, setting: str, last: Axes | None = None) -> None:
+def _head(figure: Figure, axes: Axes, title: str, setting: str, last: Axes | None = None) -> None:
     """Above the axes: a title, and in small print what was trained. Names from a store are never read as formulas.
 
     The small print is as wide as the axes, or reaches to the end of `last`: the legends must be there already.
     """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     with odd_glyphs():
         figure.draw_without_rendering()  # lays the axes out
     points = 72 / figure.dpi * ((last or axes).get_window_extent().x1 - axes.get_window_extent().x0)

@@ -239,6 +239,26 @@ def test_plot_and_report_write_what_they_print(store, tmp_path):
     assert "kta_rises_with_learning_rate" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("active", [True, False], ids=["active", "not_active"])
+def test_demo_ends_with_commands_that_can_be_pasted(store, tmp_path, monkeypatch, active):
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    (tmp_path / "my venv" / "bin" / "activate").touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "my venv"))
+    monkeypatch.setattr("pipeline.cli.shutil.which", lambda name: "/usr/bin/ntk-eos" if active else None)
+    monkeypatch.setattr("pipeline.cli._write_report", lambda root, out, quiet: Path("report.html"))
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda study, overrides, root: load(study, SMALL, root))
+    result = call("demo", "--out", store)
+    assert result.exit_code == 0, result.output
+    commands = result.stdout.partition("is retrained):")[2].strip().splitlines()
+    assert commands[0].strip().startswith("ntk-eos sql" if active else f"source '{tmp_path}/my venv/bin/activate'")
+    series = commands[-1].strip().replace("0.001", "0.45")  # this store has that level
+    monkeypatch.undo()
+    done = subprocess.run(series.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [run.run_id for run in list_runs(store)]
+
+
 def test_verify_finds_nothing_in_a_clean_store_and_damage_in_a_damaged_one(store, tmp_path):
     assert rows("verify", store, "--deep") == []
     shutil.copytree(store, tmp_path / "copy")
@@ -372,26 +392,6 @@ def test_kernel_of_a_model_by_import_path_needs_permission(tmp_path):
     assert refusal.returncode == 2
     assert "--allow-imports" in refusal.stderr
     assert run("kernel", "s", "--probe", "test", "--allow-imports").returncode == 0
-
-
-@pytest.mark.parametrize("active", [True, False], ids=["active", "not_active"])
-def test_demo_ends_with_commands_that_can_be_pasted(store, tmp_path, monkeypatch, active):
-    (tmp_path / "my venv" / "bin").mkdir(parents=True)
-    (tmp_path / "my venv" / "bin" / "activate").touch()
-    monkeypatch.setattr("sys.prefix", str(tmp_path / "my venv"))
-    monkeypatch.setattr("pipeline.cli.shutil.which", lambda name: "/usr/bin/ntk-eos" if active else None)
-    monkeypatch.setattr("pipeline.cli._write_report", lambda root, out, quiet: Path("report.html"))
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda study, overrides, root: load(study, SMALL, root))
-    result = call("demo", "--out", store)
-    assert result.exit_code == 0, result.output
-    commands = result.stdout.partition("is retrained):")[2].strip().splitlines()
-    assert commands[0].strip().startswith("ntk-eos sql" if active else f"source '{tmp_path}/my venv/bin/activate'")
-    series = commands[-1].strip().replace("0.001", "0.45")  # this store has that level
-    monkeypatch.undo()
-    done = subprocess.run(series.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [run.run_id for run in list_runs(store)]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
