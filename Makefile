@@ -20,11 +20,14 @@ test reliability bench: export OPENBLAS_NUM_THREADS = 1
 test reliability bench: export MKL_NUM_THREADS = 1
 
 # Hypothesis' own profile ci: the same examples every time, no deadline on a busy machine. Plain pytest explores.
+# One process per core; whoever is done takes tests from the others.
+PYTEST := pytest -q --hypothesis-profile=ci --numprocesses=logical --dist=worksteal
+
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"
-	@.venv/bin/pytest -q --hypothesis-profile=ci
+	@.venv/bin/$(PYTEST)
 	@echo "test 2/3: the analysis, without torch"
-	@.venv-analysis/bin/pytest -q --hypothesis-profile=ci tests/analysis
+	@.venv-analysis/bin/$(PYTEST) tests/analysis
 	@echo "test 3/3: reading a store with xarray, zarr and dask alone"
 	@rm -rf $(SMOKE)
 	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
@@ -53,7 +56,7 @@ $(PEERS:=/.stamp): .venv-%/.stamp: tests/bench/peers/%.txt
 	-@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $< 2> $(@D)/error.txt && touch $@
 
 .venv/.stamp:          packages = -e '.[train,netcdf,distributed,dev]'
-.venv-analysis/.stamp: packages = -e . pytest hypothesis
+.venv-analysis/.stamp: packages = -e . pytest pytest-xdist psutil hypothesis
 .venv-plain/.stamp:    packages = xarray zarr dask pytest
 
 $(VENVS:=/.stamp): pyproject.toml constraints.txt

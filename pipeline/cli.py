@@ -308,7 +308,8 @@ def _endings(outcomes: Sequence["Outcome"], root: str) -> str:
     from pipeline.store import read_run, run_path
 
     parts = []
-    for status, count in Counter(outcome.status for outcome in outcomes).items():
+    # In the order of the letters, complete first: runs end in another order every time.
+    for status, count in sorted(Counter(outcome.status for outcome in outcomes).items()):
         reasons: list[str] = []
         if status == "diverged":
             runs = [read_run(run_path(root, outcome.run_id)) for outcome in outcomes if outcome.status == status]
