@@ -140,7 +140,8 @@ class Measure:
                 values |= self._of_kernel(other, model, wanted, 3 * ("other_kernels",))
         if wanted & {"snapshots", "spectra"}:
             with self._timed("scalars"), torch.no_grad():
-                values["prediction"] = model(self._x).numpy(force=True)
+                known = getattr(self._main.evaluate, "predictions", None)
+                values["prediction"] = (model(self._x) if known is None else known).numpy(force=True)
         if "snapshots" in wanted:
             values |= self._of_parameters(model)
         if "hessian" in wanted:

@@ -42,6 +42,10 @@ GUARDS, RANDOM = 8, 2
 # Blocks before a restart, and restarts before LAPACK takes over: bounds of memory and of wasted time.
 BLOCKS, CYCLES = 8, 3
 
+# Relative residual after a cycle above which the gaps are too small for the next ones: where the k-th pair lies in a
+# bulk of eigenvalues, as on inputs of white noise, LAPACK is faster.
+HOPELESS = 1e-4
+
 # Blocks before the first test: fewer are enough only for tolerances so loose that pairs are missed.
 FIRST_TEST = 3
 
@@ -197,6 +201,8 @@ def _by_krylov(matrix: Array, norm: float, block: Array, k: int, tolerance: floa
             if residuals[:k].max() <= allowed and not rising:
                 iterations = cycle * blocks + used
                 return _certified(values[:k] * scale, residuals[:k] * scale, space.vectors(len(block)), iterations)
+        if residuals[:k].max() > HOPELESS * space.radius:
+            return None
         block = _orthonormal(space.vectors(len(block)))
     return None
 

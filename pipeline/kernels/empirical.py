@@ -57,6 +57,9 @@ class NTK:
         memory: bytes to work in, beside the examples and the kernel. More examples than fit at once are taken in
             blocks, whose forward and backward passes are then made once per pair of blocks.
 
+    Attributes:
+        predictions: f(x1) at the last call, (n1, c); None where nothing was captured, as with method "jacobian".
+
     Raises:
         InputError: if the arguments do not fit.
 
@@ -92,6 +95,7 @@ class NTK:
         self._weights = dict(weights or {})
         self._buffers: dict[str, Tensor] = {}
         self._digest: str | None = None
+        self.predictions: Tensor | None = None
 
     def __call__(self, model: nn.Module) -> Any:
         """The kernel of `model` as it is now; the model, its gradients and modes are left as they were.
@@ -120,6 +124,7 @@ class NTK:
         terms = terms_of(known, setting, self._layers, lambda *names: self._inputs(like, names, setting.factors))
         work = _Work(model, known, terms, like, known.c if self._full else 1)
         size, c = self._block(work), work.c
+        self.predictions = like.new_empty(self._n1, known.c) if known.calls else None
         kernels: dict[str, Tensor] = {}
         for i, rows in enumerate(_blocks(self._n1, size)):
             left = self._kept(work, self._x1, rows, "left")
@@ -190,6 +195,8 @@ class NTK:
                 captured = capture(work.model, examples, names, known.copied) if names else None
                 if captured:
                     known.check(captured)
+                    if side == "left" and self.predictions is not None:
+                        self.predictions[rows][few] = captured.result.detach()
                 measured = Measured(
                     captured.uses if captured else {},
                     output_gradients(captured) if captured else [],

@@ -199,7 +199,7 @@ ROWS = (
       for tolerance in SHARPNESS),
     Row("recording", training_inputs, 1000,
         (in_torch("this project, recorded", "recorded"), in_torch("bare training", "bare")),
-        steps=100, quick_n=24, by_clock=True),
+        steps=300, quick_n=24, by_clock=True),
 )  # fmt: skip
 RATE = Row("rate", matrix_inputs, 2048, (in_torch("numpy", "numpy"), in_torch("torch", "torch")), quick_n=64)
 

@@ -25,7 +25,7 @@ from pipeline.data import load_data
 from pipeline.losses import LOSSES
 from pipeline.models import build_model
 from pipeline.optim import UPDATES
-from pipeline.store import Writer
+from pipeline.store import Writer, list_runs
 from pipeline.train import train
 
 Row = tuple[str, str, str, str]
@@ -78,6 +78,17 @@ def recording(folder: Path, steps: int, repeats: int) -> Iterator[Row]:
         )
         yield (f"recording, digits {label}", f"{1e3 * recorded / steps:.2f} ms a step",
                f"{1e3 * bare / steps:.2f} ms a bare step", f"{recorded / bare:.2f} x bare training")  # fmt: skip
+        if not more:
+            yield from shares(folder / "recording", recorded)
+
+
+def shares(root: Path, total: float) -> Iterator[Row]:
+    """What the parts of a recorded run's rows took, as the store has it, of the whole run."""
+    (recorded,) = list_runs(root)
+    for name in schema.TRAIN:
+        if name.startswith("seconds_") and (seconds := float(recorded.read(f"train/{name}").sum())):
+            part = name.removeprefix("seconds_").replace("_", " ")
+            yield (f"  of it, {part}", f"{seconds:.3f} s", f"{total:.2f} s of the run", f"{seconds / total:.2f} of it")
 
 
 def analysing(folder: Path, steps: int, repeats: int) -> Iterator[Row]:

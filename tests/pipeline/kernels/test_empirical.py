@@ -464,6 +464,18 @@ def test_one_object_follows_changing_parameters(method, outputs, two_sets):
         close(ntk(model), reduced(oracles.ntk(model, x, x2), outputs))
 
 
+@pytest.mark.parametrize("name", ["mlp", "Conv2d", "ViT", "BatchNorm1d in eval mode"])
+def test_the_predictions_of_the_last_call_are_kept(name):
+    model, x = CASES[name]()
+    for memory in (2**30, least_memory(model, x)):
+        ntk = NTK(x, memory=memory)
+        ntk(model)
+        torch.testing.assert_close(ntk.predictions, model(x).detach(), rtol=1e-12, atol=1e-12)
+    ntk = NTK(x, method="jacobian")
+    ntk(model)
+    assert ntk.predictions is None
+
+
 def test_bits_do_not_depend_on_what_was_evaluated_before():
     x, models = randn(30, 5), [mlp((5, 8, 3)), mlp((5, 6, 6, 1))]
     fresh = [empirical_ntk(model, x).clone() for model in models]
