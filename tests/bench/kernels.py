@@ -335,7 +335,7 @@ def main() -> None:
     table = Table()
     for line in conditions(repeats):
         table.say(line)
-    verdicts = []
+    verdicts, wrong = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for threads in counts:
             bench = Bench(Path(folder), threads, repeats, options.quick)
@@ -348,11 +348,14 @@ def main() -> None:
                 table.block(HEADINGS, lines(row, results, threads, rate))
                 goals = [goal for goal in GOALS if (goal.row, goal.threads) == (row.name, threads)]
                 verdicts += [judged(goal, row, results) for goal in goals]
+                wrong += sum(not result.failed and not result.right for result in results)
             bench.close()
     table.say("Goals", heading="##")
     table.block(("what", "goal", "measured", "verdict"), verdicts)
     if options.markdown:
         options.markdown.write_text("\n".join(table.markdown).strip() + "\n")
+    if wrong:
+        sys.exit(f"{wrong} result(s) are not this project's: see WRONG above")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# A quick method that has waited longer than this runs once before it is timed.
+IDLE_SECONDS = 5.0
+
 Spec = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
@@ -36,6 +39,9 @@ class Work(NamedTuple):
 
 
 Prepare = Callable[[Spec, Arrays], Work]
+
+
+_last: dict[str, tuple[float, float]] = {}  # when each method ended, and what it took
 
 
 def serve(prepare: Prepare) -> None:
@@ -70,10 +76,15 @@ def _answer(message: Spec, works: dict[str, Work], prepare: Prepare) -> Spec:
         return {"blas": works[name].blas}
     gc.collect()
     if message["do"] == "run":
+        ended, took = _last.get(name, (time.perf_counter(), 0.0))
+        if time.perf_counter() - ended > IDLE_SECONDS and took < IDLE_SECONDS:
+            works[name].run()  # its memory may have been reclaimed while slower methods had their turn
         measured, _ = _timed(works[name].run)
+        _last[name] = time.perf_counter(), measured["wall"]
         return measured
     before = _reset_peak()
     measured, result = _timed(works[name].run)
+    _last[name] = time.perf_counter(), measured["wall"]
     peak = _memory("VmHWM")
     np.save(message["save"], works[name].to_numpy(result))
     return {**measured, "peak": None if before is None or peak is None else max(peak - before, 0)}
