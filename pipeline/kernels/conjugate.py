@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.kernels import gram
 from pipeline.kernels.capture import capture, example_count
-from pipeline.kernels.gram import product
 from pipeline.kernels.rules import Outer
 from pipeline.kernels.structure import some, structure
 
@@ -39,7 +39,12 @@ class ConjugateKernel:
         """
         structure(model, self._x1)
         one = _features(model, self._x1)
-        return product(one, one if self._x2 is None else _features(model, self._x2))
+        if self._x2 is not None:
+            return gram.product(one, _features(model, self._x2))
+        kernel = one.new_zeros(len(one), len(one))
+        gram.add_gram(kernel, one, one)
+        gram.mirror(kernel)
+        return kernel
 
 
 def _features(model: nn.Module, x: Any) -> Tensor:

@@ -186,7 +186,7 @@ class NTK:
         parameters = trained(work.model)
         names = {id(parameters[name]): name for name in known.calls}
         step = work.captured_at_once(n, self._memory)
-        with gram.threads(blas=1, torch_=torch.get_num_threads()):
+        with gram.one_blas_thread():
             for start in range(0, n, step):
                 few = slice(start, min(n, start + step))
                 examples = some(x, slice(rows.start + few.start, rows.start + few.stop))
@@ -211,7 +211,7 @@ class NTK:
         """The kernel of two blocks of examples; by name of tensor if the layers are kept apart."""
         height, width = (rows.stop - rows.start for rows in where)
         parts: dict[str, Tensor] = {}
-        with torch.no_grad(), gram.threads(blas=torch.get_num_threads(), torch_=1):
+        with torch.no_grad(), gram.one_blas_thread():
             for term, one, two in zip(work.terms, left, right, strict=True):
                 group = term.names[0] if self._layers else ""
                 if group not in parts:
@@ -243,7 +243,7 @@ class NTK:
         scale, shift = factors.get(weight, 1.0), 0.0 if bias is None else factors.get(bias, 1.0)
         key = (self._digest, x1.shape, x2.shape, x1.dtype, x1.device, scale, shift)
         if key not in _grams:
-            with gram.threads(blas=torch.get_num_threads(), torch_=1):
+            with gram.one_blas_thread():
                 product = gram.product(x1, x1 if self._symmetric else x2)
             while sum(kept.numel() * kept.element_size() for kept in _grams.values()) > GRAM_BYTES:
                 _grams.popitem(last=False)

@@ -1,7 +1,9 @@
 """Products of gradients, added to a kernel tile by tile.
 
-On the CPU they go through numpy and scipy, whose BLAS forms Gram matrices several times faster than torch's; the arrays
-share the tensors' memory. Of a symmetric kernel only the lower triangle is computed, and mirrored at the end.
+On the CPU, in one thread, they go through numpy and scipy, whose BLAS forms Gram matrices in half the time that torch's
+needs; the arrays share the tensors' memory. With more threads products are torch's, whose threads are at work here
+anyhow: two pools that wait for each other by spinning cost more than they save. Of a symmetric kernel only the lower
+triangle is computed, and mirrored at the end.
 """
 
 import functools
@@ -15,12 +17,13 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 TILE = 384  # rows: enough for fast products, few enough that little above the diagonal is computed
+GRAM_TILE = 128  # the same for sums over so many columns that the product is fast with fewer rows
 PAIR_BYTES = 16 * 2**20  # of the products of all pairs of positions of a tile
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """A bᵀ (m, n) of (m, d) and (n, d)."""
-    if a.device.type != "cpu":
+    if a.device.type != "cpu" or torch.get_num_threads() > 1:
         return torch.mm(a, b.T, out=out)
     result = np.matmul(a.numpy(), b.numpy().T, out=None if out is None else out.numpy())
     return torch.from_numpy(result) if out is None else out
@@ -35,8 +38,9 @@ def add_gram(kernel: Tensor, one: Tensor, two: Tensor, scale: float = 1.0) -> No
         two: H (n, q), contiguous.
         scale: factor.
     """
-    if kernel.device.type != "cpu":
-        kernel.addmm_(one, two.T, alpha=scale)
+    if kernel.device.type != "cpu" or torch.get_num_threads() > 1:
+        for rows, columns in tiles(len(one), len(two), two is one, GRAM_TILE):
+            kernel[rows, columns].addmm_(one[rows], two[columns].T, alpha=scale)
         return
     if two is not one:
         kernel.add_(product(one, two), alpha=scale)
@@ -136,17 +140,7 @@ def _pools() -> ThreadpoolController:
 
 
 @contextmanager
-def threads(*, blas: int, torch_: int) -> Iterator[None]:
-    """Give each pool so many threads; afterwards they have what they had.
-
-    Two pools that wait for each other by spinning cost several times the work, so one of them should have one thread.
-    """
-    before = torch.get_num_threads()
-    with _pools().limit(limits=blas, user_api="blas"):
-        try:
-            if torch_ != before:
-                torch.set_num_threads(torch_)
-            yield
-        finally:
-            if torch_ != before:
-                torch.set_num_threads(before)
+def one_blas_thread() -> Iterator[None]:
+    """Hold numpy's and scipy's BLAS to one thread."""
+    with _pools().limit(limits=1, user_api="blas"):
+        yield

@@ -130,8 +130,12 @@ class Convolution(Use):
 
 
 def batched_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """A_i B_i of each example; on the CPU by numpy, which writes to rows that lie apart without a copy."""
-    if a.device.type == "cpu":
+    """A_i B_i of each example.
+
+    In one thread on the CPU by numpy, which writes to rows that lie apart without a copy; with more, by torch, whose
+    threads are the ones at work here.
+    """
+    if a.device.type == "cpu" and torch.get_num_threads() == 1:
         np.matmul(a.numpy(), b.numpy(), out=out.numpy())
     else:
         out.copy_(torch.bmm(a, b))

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.kernels import KERNELS, NTK, empirical_ntk
-from pipeline.kernels.structure import structure
+from pipeline.kernels.structure import some, structure
 from pipeline.kernels.terms import COLUMNS, Gradients, Head, Pairs, Product, Setting, terms_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "neural_tangents.npz"
@@ -474,6 +474,33 @@ def test_the_predictions_of_the_last_call_are_kept(name):
     ntk = NTK(x, method="jacobian")
     ntk(model)
     assert ntk.predictions is None
+
+
+@pytest.fixture
+def two_threads():
+    """Torch with two threads, which takes other ways to the same products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "Conv2d", "ViT", "LSTM", "two Linear on many tokens"])
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_with_two_threads(name, outputs, two_threads):
+    model, x = CASES[name]()
+    full = oracles.ntk(model, x)
+    close(empirical_ntk(model, x, outputs=outputs), reduced(full, outputs))
+    close(empirical_ntk(model, x, some(x, slice(2)), outputs=outputs), reduced(full[:, :2], outputs))
+    conjugate = KERNELS["conjugate"](x)(model)
+    assert torch.equal(conjugate, conjugate.T)
+
+
+def test_more_rows_than_a_tile_with_two_threads(two_threads):
+    model, x = mlp((5, 9, 9, 1)), randn(300, 5)
+    kernel = empirical_ntk(model, x)
+    close(kernel, oracles.trace(oracles.ntk(model, x)))
+    assert torch.equal(kernel, kernel.T)
 
 
 def test_bits_do_not_depend_on_what_was_evaluated_before():
