@@ -138,7 +138,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         try:
             for tensor in trained(model).values():
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+                noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
                 tensor.data.add_(noise * (0.1 * tensor.detach().square().mean().sqrt() + 0.02))
             yield
         finally:
@@ -190,14 +190,15 @@ def _inspect(model: nn.Module, x: Any) -> Structure | None:
     _refuse_by_behaviour(model, x, captured.result.detach(), tolerance)
     right, absent = _proven(captured, tensors, tolerance)
     uses = {name: of for name in right if (of := captured.uses[name])}
+    calls = {name: _kinds(captured.uses[name]) for name in (*uses, *absent) if captured.uses[name] is not None}
     outputs = {id(use.output): use.output.numel() for of in uses.values() for use in of}
     inputs = {one.data_ptr(): one.numel() for of in uses.values() for use in of for one in use.inputs}
     n = example_count(x)
     return Structure(
         c=captured.result.shape[1],
         weights=_weights(captured, uses, x),
-        calls={name: _kinds(captured.uses[name]) for name in (*uses, *absent) if captured.uses[name] is not None},
-        generic=tuple(name for name in tensors if name not in uses and name not in absent),
+        calls=calls,
+        generic=tuple(name for name in tensors if name not in calls),
         sizes={name: tensor.numel() for name, tensor in tensors.items()},
         copied=frozenset(copied),
         images=images,
@@ -228,7 +229,7 @@ def _proven(captured: Captured, tensors: dict[str, Tensor], tolerance: float) ->
     """Names of the tensors whose captured gradients, weighted at random, are autograd's; and of those never used."""
     n, c = captured.result.shape
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(n, c, generator=generator, dtype=torch.float64).to(captured.result)
+    weight = torch.randn(n, c, generator=generator, dtype=captured.result.dtype).to(captured.result.device)
     expected = torch.autograd.grad(
         captured.result, list(tensors.values()), weight, retain_graph=True, allow_unused=True
     )
