@@ -221,10 +221,9 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
             pass  # its writer has ended meanwhile
     device = first.compute.device
     if device != "cpu" and all(run.compute.device == device for run in runs):
-        import torch
+        from pipeline.train import find_device
 
-        if not (torch.cuda if device.startswith("cuda") else torch.backends.mps).is_available():
-            raise InputError(f"compute.device = {device!r}: torch finds no such device here; use 'cpu'")
+        find_device(device)
     if isinstance(first.model, Imported) and all(run.model == first.model for run in runs):
         import torch
 
