@@ -144,6 +144,9 @@ class NTK:
         for kernel in kernels.values():
             if self._symmetric:
                 gram.mirror(kernel)
+        if self._layers:  # no output depends on a tensor that has no term
+            for name in known.sizes.keys() - kernels.keys():
+                kernels[name] = like.new_zeros(self._n1 * c, self._n2 * c)
         if self._full:
             kernels = {
                 group: kernel.view(self._n1, c, self._n2, c).transpose(1, 2) for group, kernel in kernels.items()
