@@ -41,6 +41,7 @@ class Claim:
         sql: query on the catalogue; `{study}` stands for the study whose runs are judged, `{level}` for the matched
             loss.
         judge: rows of that query -> verdict.
+        unique: columns of which no two rows may agree: what else runs differ in, the claim says nothing about.
         changes: later changes of the rule, each with its date and reason.
     """
 
@@ -50,6 +51,7 @@ class Claim:
     source: str
     sql: str
     judge: Callable[[pd.DataFrame], Verdict]
+    unique: tuple[str, ...] = ("learning_rate", "seed")
     changes: tuple[str, ...] = ()
 
 

@@ -36,6 +36,8 @@ class Judgement:
 
     Attributes:
         study: the study that names the claim.
+        part: the part of it that this store holds, or None.
+        size: smoke, quick or full, or None.
         claim: what is claimed.
         verdict: what its rule says here.
         sql: the query whose rows the verdict rests on.
@@ -43,6 +45,8 @@ class Judgement:
     """
 
     study: str
+    part: str | None
+    size: str | None
     claim: Claim
     verdict: Verdict
     sql: str
@@ -52,6 +56,8 @@ class Judgement:
         """The row of the catalogue's table `claims`."""
         return {
             "study": self.study,
+            "part": self.part,
+            "size": self.size,
             "claim": self.claim.name,
             "statement": self.claim.statement,
             "rule": self.claim.rule,
@@ -81,29 +87,37 @@ def judge_store(root: str | os.PathLike[str]) -> list[Judgement]:
         if run.attrs.get("paper")
         for claim in run.attrs.get("claims", ())
     )
-    judgements = [judge(root, study, claim, runs) for study, claim in _known(named)]
+    judgements = []
+    for study, claim in _known(named):
+        judgements.append(judge(root, study, claim, [run for run in runs if run.attrs.get("study") == study]))
     catalog.write_claims(root, [judgement.as_row() for judgement in judgements])
     return judgements
 
 
 def judge(root: str | os.PathLike[str], study: str, claim: Claim, runs: Sequence[Run]) -> Judgement:
-    """Judge one claim on those of `runs` that are of a study; they are the runs of `root`, its catalogue up to date."""
+    """Judge one claim on the runs of a study in the store `root`, whose catalogue is up to date."""
     if not NAME.fullmatch(study):
         raise InputError(f"study = {study!r}: only letters, digits, '_', '.' and '-' are allowed to judge its claims")
+    part, size = (next((run.attrs[key] for run in runs if run.attrs.get(key)), None) for key in ("part", "size"))
     sql, level = claim.sql.replace("{study}", f"'{study}'"), None
     if "{level}" in sql:
         try:
-            level = shared_level([run for run in runs if run.attrs.get("study") == study], root)
+            level = shared_level(runs, root)
         except InputError as error:
-            return Judgement(study, claim, Verdict("underpowered", str(error), 0), sql, None)
+            return Judgement(study, part, size, claim, Verdict("underpowered", str(error), 0), sql, None)
         sql = sql.replace("{level}", repr(level))
     table = catalog.query(root, sql, sync=False)
     frame = pd.DataFrame(table.rows, columns=table.columns)
-    if frame.duplicated(["learning_rate", "seed"]).any():
+    if frame.duplicated(list(claim.unique)).any():
         # A mean over them would mix settings that the claim says nothing about.
-        reason = "runs of one learning rate and seed differ in something else; judge them in stores of their own"
-        return Judgement(study, claim, Verdict("underpowered", reason, len(frame)), sql, level)
-    return Judgement(study, claim, claim.judge(frame), sql, level)
+        same = " and ".join(name.replace("_", " ") for name in claim.unique)
+        reason = f"runs of one {same} differ in something else; judge them in stores of their own"
+        verdict = Verdict("underpowered", reason, len(frame))
+    else:
+        verdict = claim.judge(frame)
+    if size == "smoke":
+        verdict = Verdict("underpowered", f"the size smoke only tries the machinery ({verdict.value})", verdict.runs)
+    return Judgement(study, part, size, claim, verdict, sql, level)
 
 
 def _known(named: Iterable[tuple[str, str, str]]) -> list[tuple[str, Claim]]:

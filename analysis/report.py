@@ -23,7 +23,7 @@ from analysis.plots import FIGURES, render
 from analysis.plots.files import write
 from analysis.plots.numbers import LINES, either, frame, lines, words
 from pipeline.errors import NtkEosError
-from pipeline.store import Run, list_runs
+from pipeline.store import Run, list_runs, stores_of
 
 Root = str | os.PathLike[str]
 Facts = list[tuple[str, str]]
@@ -61,10 +61,10 @@ group by run_id, final_loss
 def write_report(
     root: Root, out: Root | None = None, progress: Callable[[float, str], None] = lambda fraction, note: None
 ) -> Path:
-    """Write the report of a store; what is derived from the runs is brought up to date first.
+    """Write the report of a store, or of the parts of a study; what is derived is brought up to date first.
 
     Args:
-        root: folder of the store.
+        root: folder of the store, or of the stores of the parts.
         out: the file; <root>/report.html by default.
         progress: told the share done and what comes next.
 
@@ -75,45 +75,66 @@ def write_report(
         MissingError: if the root does not exist.
         InputError: if it is not a store, or the file cannot be written.
     """
-    results.analyze(root, progress=lambda share, note: progress(0.2 * share, note))
-    catalog.sync(root)
-    page = _page(root, progress)
+    stores = stores_of(root)
+    sections = []
+    for number, store in enumerate(stores):
+
+        def told(share: float, note: str, done: int = number) -> None:
+            progress((done + share) / len(stores), note)
+
+        sections.append(_section(store, told))
     path = Path(root, "report.html") if out is None else Path(out)
-    write(path, page.encode())
+    write(path, _page(sections).encode())
     return path
 
 
-def _page(root: Root, progress: Callable[[float, str], None]) -> str:
-    runs = list_runs(root)
-    progress(0.2, "claims")
-    claims, claims_missing = _claims(root)
-    figures = _figures(root, lambda share, note: progress(0.3 + 0.6 * share, note))
-    progress(0.9, "page")
-    statuses = Counter(run.status for run in runs)
-    verdicts = Counter(claim["verdict"] for claim in claims)
+def _page(sections: Sequence[dict[str, Any]]) -> str:
     environment = Environment(
         loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"cell": _cell, "python": repr, "shell": shlex.quote}
+    papers = {paper["source"]: paper for section in sections for paper in section["papers"]}
     return environment.get_template("report.html.j2").render(
-        title=either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
-        summary=[("claims", verdicts), ("runs", statuses)],
-        facts=_facts(root, runs),
-        sources=dict.fromkeys(str(run.attrs["study_source"]) for run in runs if run.attrs.get("study_source")),
-        papers=_papers(root),
-        claims=claims,
-        claims_missing=claims_missing,
-        changes=CHANGES,
-        figures=figures,
-        matched=_matched(root, runs),
-        runs=_runs(root, runs),
-        provenance=_provenance(runs),
-        root=os.fspath(root),
-        example=runs[-1].run_id if runs else "RUN",
+        title=sections[0]["title"],
+        sizes=dict.fromkeys(section["size"] for section in sections if section["size"]),
+        summary=[(what, sum((section[what] for section in sections), Counter())) for what in ("verdicts", "statuses")],
+        sources=dict.fromkeys(source for section in sections for source in section["sources"]),
+        papers=papers.values(),
+        changes=CHANGES if any(section["claims"] for section in sections) else (),
+        sections=sections,
         tones=TONES,
         signs=SIGNS,
     )
+
+
+def _section(root: Root, progress: Callable[[float, str], None]) -> dict[str, Any]:
+    """What the page says of one store."""
+    results.analyze(root, progress=lambda share, note: progress(0.2 * share, note))
+    catalog.sync(root)
+    runs = list_runs(root)
+    progress(0.2, "claims")
+    claims, claims_missing = _claims(root)
+    figures = _figures(root, lambda share, note: progress(0.3 + 0.6 * share, note))
+    progress(0.9, "page")
+    return {
+        "title": either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
+        "part": next((str(run.attrs["part"]) for run in runs if run.attrs.get("part")), None),
+        "size": next((str(run.attrs["size"]) for run in runs if run.attrs.get("size")), None),
+        "verdicts": Counter(claim["verdict"] for claim in claims),
+        "statuses": Counter(run.status for run in runs),
+        "facts": _facts(root, runs),
+        "sources": dict.fromkeys(str(run.attrs["study_source"]) for run in runs if run.attrs.get("study_source")),
+        "papers": _papers(root),
+        "claims": claims,
+        "claims_missing": claims_missing,
+        "figures": figures,
+        "matched": _matched(root, runs),
+        "runs": _runs(root, runs),
+        "provenance": _provenance(runs),
+        "root": os.fspath(root),
+        "example": runs[-1].run_id if runs else "RUN",
+    }
 
 
 def _claims(root: Root) -> tuple[list[dict[str, Any]], str]:

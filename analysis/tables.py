@@ -76,6 +76,8 @@ TABLES: dict[str, Layout] = {
             Column("seed", "BIGINT", "", "Seed of data, initialisation and order."),
             Column("axes", "JSON", "", "Place of the run on each axis of its grid: `axes->>'$.\"model.width\"'`."),
             Column("study", "VARCHAR", "", "Name of the study that the run belongs to."),
+            Column("part", "VARCHAR", "", "Part of that study, where it has parts."),
+            Column("size", "VARCHAR", "", "smoke, quick or full, where the study has sizes."),
             Column("title", "VARCHAR", "", "Title of that study."),
             Column("family", "VARCHAR", "", "Equal for runs that differ in nothing but their process."),
             Column("process", "VARCHAR", "", "What moves the parameters: discrete is gradient descent in steps."),
@@ -188,6 +190,8 @@ TABLES: dict[str, Layout] = {
         "The last verdict on each claim, until a run changes; `ntk-eos claims` judges anew.",
         (
             Column("study", "VARCHAR", "", "Name of the study."),
+            Column("part", "VARCHAR", "", "Part of the study, where it has parts."),
+            Column("size", "VARCHAR", "", "smoke, quick or full, where the study has sizes."),
             Column("claim", "VARCHAR", "", "Name of the claim."),
             Column("statement", "VARCHAR", "", "What is claimed."),
             Column("rule", "VARCHAR", "", "What has to hold, fixed before the study's first run."),
@@ -326,7 +330,10 @@ def run_row(run: Run) -> dict[str, Any]:
         "created_at": _utc(attrs.get("created_at")),
         "torch_version": at(provenance, "versions", "torch"),
         "config": json.dumps(identity),
-        **{name: attrs.get(name) for name in ("stop_reason", "study", "title", "family", "commits", "head")},
+        **{
+            name: attrs.get(name)
+            for name in ("stop_reason", "study", "part", "size", "title", "family", "commits", "head")
+        },
         **{name: provenance.get(name) for name in ("git_commit", "git_dirty", "device", "threads", "host")},
     }
 

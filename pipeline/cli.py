@@ -112,7 +112,7 @@ def _complete_probe(_ctx: click.Context, _param: click.Parameter, incomplete: st
 
 
 def _existing_root(root: str) -> str:
-    """ROOT is a folder, or the name of a study whose store lies where `run` puts it by default."""
+    """ROOT is a folder, or the name of a store or of a part of one where `run` puts it by default."""
     named = STORES / root
     return str(named) if not Path(root).exists() and named.is_dir() else root
 
@@ -125,14 +125,19 @@ def root_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """STUDY and what changes it, shared by `plan` and `run`."""
+    """What changes a study, shared by `plan`, `run` and `study`."""
     for option in (
-        click.option("--out", "root", metavar="ROOT", help="Folder of the store [default: data/stores/STUDY]."),
+        click.option("--out", "root", metavar="ROOT", help="Folder of the store [default: data/stores/STUDY-SIZE]."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the study."),
-        click.argument("study", shell_complete=_complete_study),
-    ):
+        click.option("--part", "parts", multiple=True, metavar="PART", help="Only this part of the study."),
+        click.option("--size", type=click.Choice(["smoke", "quick", "full"]),
+                     help="How much of it, where the study has sizes [default: quick]."),
+    ):  # fmt: skip
         function = option(function)
     return function
+
+
+study_argument = click.argument("name", metavar="STUDY", shell_complete=_complete_study)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -157,11 +162,26 @@ def _check_training() -> None:
         )
 
 
-def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Study", str]:
-    from pipeline.config import load_study
+def _load(
+    name: str, overrides: Sequence[str], root: str | None, size: str | None, wanted: Sequence[str]
+) -> list[tuple["Study", str]]:
+    """The parts of a study, each with the folder of its store."""
+    from pipeline.config import load_parts
 
-    loaded = load_study(study, overrides)
-    return loaded, root or str(STORES / loaded.name)
+    studies = load_parts(name, overrides, size)
+    known = [study.part for study in studies if study.part]
+    for part in wanted:
+        if part not in known:
+            from pipeline.errors import StudyError
+
+            there = f"its parts are {', '.join(known)}" if known else "it has none"
+            raise StudyError(f"--part {part}: not a part of {studies[0].name}; {there}")
+    folder = root or str(STORES / "-".join(filter(None, [studies[0].name, studies[0].size])))
+    return [
+        (study, str(Path(folder, study.part)) if study.part else folder)
+        for study in studies
+        if not wanted or study.part in wanted
+    ]
 
 
 @main.command(epilog=example("ntk-eos demo", "ntk-eos demo --out /tmp/digits"))
@@ -170,7 +190,7 @@ def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Stud
 @click.pass_context
 def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     """Train the digits study, judge its claims and write its report."""
-    study, root = _load("digits", (), root)
+    ((study, root),) = _load("digits", (), root, None, ())
     code = _train(study, root, None, quiet)
     if code:
         ctx.exit(code)
@@ -194,33 +214,52 @@ Next, ask the store (nothing is retrained):
 
 
 @main.command(epilog=example("ntk-eos plan digits", "ntk-eos plan digits --set learning_rate=[0.1,0.2] --json"))
+@study_argument
 @study_options
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time, for the time estimate.")
 @json_option
 @quiet_option
 def plan(
-    study: str, overrides: Sequence[str], root: str | None, workers: int | None, as_json: bool, quiet: bool
+    name: str,
+    overrides: Sequence[str],
+    root: str | None,
+    parts: Sequence[str],
+    size: str | None,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Show what `run` would do: the grid, rows, bytes, and the time it takes at most.
 
     The seconds of a run are those of its steps; the total adds the start of the worker processes, which share the runs.
     """
-    from pipeline.plan import plan_study
+    from pipeline.plan import plan_study, total
     from pipeline.store import check_root
     from pipeline.sweep import default_workers
 
-    loaded, root = _load(study, overrides, root)
+    loaded = _load(name, overrides, root, size, parts)
     _check_training()
-    check_root(root)
-    with console.Progress("timing a few steps", quiet):
-        planned = plan_study(loaded, root, workers or default_workers(loaded.runs()))
-    click.echo(planned.summary(), err=True)
-    console.show(planned.rows(), as_json=as_json, total=planned.total())
+    plans, rows = [], []
+    for study, folder in loaded:
+        check_root(folder)
+        with console.Progress("timing a few steps", quiet):
+            planned = plan_study(study, folder, workers or default_workers(study.runs()))
+        click.echo(f"{study.label}: {planned.summary()}" if study.part else planned.summary(), err=True)
+        plans.append(planned)
+        rows += [({"part": study.part} if study.part else {}) | row for row in planned.rows()]
+    if as_json:
+        console.show(rows, as_json=True, total=total(plans))
+        return
+    for (study, _), planned in zip(loaded, plans, strict=True):  # the axes of parts differ, and with them the columns
+        if study.part:
+            click.echo(f"\n{study.label}")
+        console.show(planned.rows(), as_json=False)
 
 
 @main.command(
     epilog=example("ntk-eos run digits", "ntk-eos run my_study.toml --out stores/mine --set seed=[0,1] --workers 2")
 )
+@study_argument
 @study_options
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
 @click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
@@ -228,9 +267,11 @@ def plan(
 @click.pass_context
 def run(
     ctx: click.Context,
-    study: str,
+    name: str,
     overrides: Sequence[str],
     root: str | None,
+    parts: Sequence[str],
+    size: str | None,
     workers: int | None,
     allow_imports: bool,
     quiet: bool,
@@ -239,14 +280,100 @@ def run(
 
     The same command again resumes what was interrupted and does nothing for what is complete.
     """
+    loaded = _load(name, overrides, root, size, parts)
+    _allow_imports(name, [study for study, _ in loaded], allow_imports)
+    ctx.exit(_train_all(loaded, workers, quiet))
+
+
+@main.command(
+    epilog=example(
+        "ntk-eos study --list", "ntk-eos study paper_fig1", "ntk-eos study paper_architectures --part cnn --size full"
+    )
+)
+@click.argument("name", metavar="[STUDY]", required=False, shell_complete=_complete_study)
+@click.option("--list", "listing", is_flag=True, help="List the shipped studies: source, parts, runs per size, claims.")
+@study_options
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
+@click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@json_option
+@quiet_option
+@click.pass_context
+def study(
+    ctx: click.Context,
+    name: str | None,
+    listing: bool,
+    overrides: Sequence[str],
+    root: str | None,
+    parts: Sequence[str],
+    size: str | None,
+    workers: int | None,
+    allow_imports: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Do a whole study: train or resume its runs, analyse them, judge the claims, write the report.
+
+    Exit 1 if a claim failed, 3 if some runs failed. Each part of a study has a store of its own; the report is of all.
+    """
+    if listing:
+        console.show(_shipped_studies(), as_json=as_json)
+        return
+    if name is None:
+        raise click.UsageError("give a STUDY, or --list to see the shipped ones")
+    loaded = _load(name, overrides, root, size, parts)
+    _allow_imports(name, [study for study, _ in loaded], allow_imports)
+    code = _train_all(loaded, workers, quiet)
+    if code not in (0, 3):
+        ctx.exit(code)
+    judgements = [judgement for _, folder in loaded for judgement in _judge(folder, quiet)]
+    _show_claims(judgements, as_json)
+    first, folder = loaded[0]
+    path = _write_report(str(Path(folder).parent) if first.part else folder, None, quiet)
+    click.echo(f"\nreport: {path}", err=as_json)
+    ctx.exit(code or any(judgement.verdict.verdict == "failed" for judgement in judgements))
+
+
+def _shipped_studies() -> list[dict[str, Any]]:
+    """One row per shipped study: where it comes from, its parts, its runs by size, its claims."""
+    from analysis.studies import paper
+    from pipeline.config import load_parts, shipped, sizes_of
+
+    rows = []
+    for name in shipped():
+        by_size = {size: load_parts(name, (), size) for size in sizes_of(name) or (None,)}
+        loaded = next(iter(by_size.values()))
+        counts = {size: sum(len(study.runs()) for study in studies) for size, studies in by_size.items()}
+        rows.append(
+            {
+                "study": name,
+                "title": loaded[0].title,
+                "parts": ", ".join(study.part for study in loaded if study.part) or None,
+                "runs": ", ".join(f"{size} {count}" if size else str(count) for size, count in counts.items()),
+                "claims": sum(len(study.claims) for study in loaded),
+                "source": paper(loaded[0].paper).SOURCE if loaded[0].paper else None,
+            }
+        )
+    return rows
+
+
+def _allow_imports(name: str, studies: Sequence["Study"], allowed: bool) -> None:
     from pipeline.config import check_imports_allowed
 
-    loaded, root = _load(study, overrides, root)
-    check_imports_allowed(loaded, allow_imports)
-    if allow_imports:
+    for study in studies:
+        check_imports_allowed(study, allowed)
+    if allowed:
         # Behind everything else, so that no module of the user's hides one of ours.
-        sys.path += [str(Path(study).absolute().parent), str(Path.cwd())]
-    ctx.exit(_train(loaded, root, workers, quiet))
+        sys.path += [str(Path(name).absolute().parent), str(Path.cwd())]
+
+
+def _train_all(loaded: Sequence[tuple["Study", str]], workers: int | None, quiet: bool) -> int:
+    """Train the parts of a study one after the other; returns the exit code of the worst."""
+    codes = []
+    for study, root in loaded:
+        codes.append(_train(study, root, workers, quiet))
+        if codes[-1] >= 128:  # interrupted
+            return codes[-1]
+    return max(codes)
 
 
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
@@ -262,20 +389,23 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     attrs = {
         "title": study.title,
         "study": study.name,
+        "part": study.part,
+        "size": study.size,
         "study_source": study.source,
         "overrides": list(study.overrides),
         "paper": study.paper,
         "claims": list(study.claims),
+        "figures": study.figures,
     }
     for done in (one.config for one in planned if one.state == "done"):
         relabel(read_run(run_path(root, done.run_id)), {**attrs, "stop": done.stop.model_dump(exclude_none=True)})
     runs = [one.config for one in planned if one.state != "done"]
     if not runs:
-        click.echo(f"nothing to do: all {len(planned)} runs of {study.name} in {root} are done", err=True)
+        click.echo(f"nothing to do: all {len(planned)} runs of {study.label} in {root} are done", err=True)
         return 0
     check_start([one for one in planned if one.state != "done"], root)
     outcomes, said = [], set()
-    with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.name}", quiet) as progress:
+    with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.label}", quiet) as progress:
         watch = _Watch(runs, root, progress)
 
         def poll() -> bool:
@@ -380,14 +510,19 @@ class _Watch:
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until nothing is running.")
 @json_option
 def status(root: str, watch: bool, as_json: bool) -> None:
-    """List the runs of a store and how each stands.
+    """List the runs of a store, or of the parts of a study, and how each stands.
 
     Seconds are the wall time of the last process that wrote the run. --json also has the heads of the digest chains.
     """
-    from pipeline.store import run_paths
+    from pipeline.store import run_paths, stores_of
 
     while True:
-        rows = [_status_row(path) for path in run_paths(root)]
+        stores = stores_of(root)
+        rows = [
+            ({"part": store.name} if len(stores) > 1 else {}) | _status_row(path)
+            for store in stores
+            for path in run_paths(store)
+        ]
         hidden = set() if as_json else {"head"} | ({"error"} if not any(row["error"] for row in rows) else set())
         shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
         console.show(shown, as_json=as_json, empty=f"{root} has no runs")
@@ -425,7 +560,10 @@ def _status_row(path: Path) -> dict[str, Any]:
 @quiet_option
 def analyze(root: str, as_json: bool, quiet: bool) -> None:
     """Compute what is derived from the runs and is not up to date, and sync the catalogue."""
-    console.show(_analyze(root, quiet), as_json=as_json, empty=f"{root} has no rows to analyse")
+    from pipeline.store import stores_of
+
+    rows = [row for store in stores_of(root) for row in _analyze(str(store), quiet)]
+    console.show(rows, as_json=as_json, empty=f"{root} has no rows to analyse")
 
 
 def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
@@ -493,7 +631,6 @@ def plot(
 @quiet_option
 def report(root: str, out: str | None, quiet: bool) -> None:
     """Write one self-contained HTML page with figures, claims, runs and provenance; print its path."""
-    _analyze(root, quiet)
     click.echo(_write_report(root, out, quiet))
 
 
@@ -511,7 +648,9 @@ def _write_report(root: str, out: str | None, quiet: bool) -> Path:
 @click.pass_context
 def claims(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
     """Judge the claims of a study on its store; exit 1 if one failed."""
-    judgements = _judge(root, quiet)
+    from pipeline.store import stores_of
+
+    judgements = [judgement for store in stores_of(root) for judgement in _judge(str(store), quiet)]
     _show_claims(judgements, as_json)
     ctx.exit(any(judgement.verdict.verdict == "failed" for judgement in judgements))
 
@@ -529,8 +668,10 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
     if as_json:
         console.show([judgement.as_row() for judgement in judgements], as_json=True)
         return
+    several = any(judgement.part for judgement in judgements)
     table = [
         {
+            **({"part": judgement.part} if several else {}),
             "claim": judgement.claim.name,
             "verdict": judgement.verdict.verdict,
             "runs": judgement.verdict.runs,
@@ -544,7 +685,10 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
         click.echo()
         verdict = judgement.verdict.verdict
         click.echo(
-            click.style(verdict.ljust(13), fg=console.COLOURS[verdict], bold=True) + judgement.claim.name, color=colour
+            click.style(verdict.ljust(13), fg=console.COLOURS[verdict], bold=True)
+            + (f"{judgement.part}: " if judgement.part else "")
+            + judgement.claim.name,
+            color=colour,
         )
         click.echo(f"             {judgement.claim.statement}")
         click.echo(f"             measured: {judgement.verdict.value} ({judgement.verdict.runs} runs)")

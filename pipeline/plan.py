@@ -91,10 +91,6 @@ class Plan:
         """For printing: what each run will hold, and the seconds that its steps take at most."""
         return [run.as_row() | {"seconds": self._seconds(run)} for run in self.runs]
 
-    def total(self) -> dict[str, Any]:
-        """Of what is left: runs, bytes at most, and the seconds that all of them take at most, side by side."""
-        return {"runs": len(self.left), "bytes": sum(run.nbytes for run in self.left), "seconds": self.seconds}
-
     def _seconds(self, run: Planned) -> float | None:
         if run.state == "done":
             return 0.0
@@ -110,6 +106,14 @@ class Plan:
             size += " and the imported model's parameters"
         time = "time unknown" if self.seconds is None else f"at most {seconds_text(self.seconds)}"
         return f"{len(left)} of {len(self.runs)} runs to do, {size}, {time}"
+
+
+def total(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Of what is left of the parts of a study: runs, bytes and seconds at most; the parts run one after the other."""
+    left = [run for plan in plans for run in plan.left]
+    seconds = [plan.seconds for plan in plans]
+    known = None if None in seconds else sum(filter(None, seconds))
+    return {"runs": len(left), "bytes": sum(run.nbytes for run in left), "seconds": known}
 
 
 def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:

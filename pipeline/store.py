@@ -84,8 +84,24 @@ def runs_directory(root: str | os.PathLike[str]) -> Directory:
     if not Path(root).exists():
         raise MissingError(f"{root} does not exist; `ntk-eos run STUDY --out {root}` would create it")
     if not Path(root, RUNS).is_dir():
+        if parts := parts_of(root):
+            names = ", ".join(part.name for part in parts)
+            raise InputError(f"{root} holds a store for each part of a study ({names}): give one, as in {parts[0]}")
         raise InputError(f"{root} is not a store: it has no folder {RUNS!r}; give the folder that `run --out` wrote")
     return Directory(Path(root, RUNS))
+
+
+def parts_of(root: str | os.PathLike[str]) -> list[Path]:
+    """The stores of the parts of a study below a folder; none if the folder is a store itself."""
+    folder = Path(root)
+    if (folder / RUNS).is_dir():
+        return []
+    return sorted(path.parent for path in folder.glob(f"[!.]*/{RUNS}") if path.is_dir())
+
+
+def stores_of(root: str | os.PathLike[str]) -> list[Path]:
+    """The stores that a command on all parts of a study is about: those below the folder, or the folder itself."""
+    return parts_of(root) or [Path(root)]
 
 
 def check_root(root: str | os.PathLike[str]) -> None:
@@ -95,6 +111,8 @@ def check_root(root: str | os.PathLike[str]) -> None:
         InputError: if the folder cannot be written, or holds something else than a store.
     """
     path = Path(root)
+    if parts := parts_of(root):
+        raise InputError(f"{root} holds the stores of {len(parts)} parts of a study: choose another folder")
     if path.is_dir() and not (path / RUNS).is_dir() and any(path.iterdir()):
         raise InputError(f"{root} is not a store and not empty: choose a new folder, or one that `run --out` wrote")
     there = next(folder for folder in ((path / RUNS).absolute(), *(path / RUNS).absolute().parents) if folder.exists())

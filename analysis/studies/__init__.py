@@ -36,5 +36,17 @@ def papers(root: str | os.PathLike[str]) -> list[ModuleType]:
 
 
 def figures(root: str | os.PathLike[str]) -> dict[str, Drawing]:
-    """The figures of a store by name: those that every store can have drawn, and its papers' own in their place."""
-    return FIGURES | {name: figure for module in papers(root) for name, figure in module.FIGURES.items()}
+    """The figures of a store by name: those that its studies ask for, in their order, or else what every store has.
+
+    A figure of a paper stands in the place of the one of that name that every store has.
+
+    Raises:
+        InputError: if a study asks for one that its paper does not have.
+    """
+    known = FIGURES | {name: figure for module in papers(root) for name, figure in module.FIGURES.items()}
+    asked = [run.attrs.get("figures") for run in list_runs(root)] or [None]
+    names = dict.fromkeys(name for figures in asked for name in (FIGURES if figures is None else figures))
+    for name in names:
+        if name not in known:
+            raise InputError(f"figure {name!r}: not one of {', '.join(known)}; see `figures` in the study")
+    return {name: known[name] for name in names}

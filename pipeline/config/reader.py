@@ -25,6 +25,7 @@ _PATTERNS = {
     "device": "must be cpu, cuda, mps or a numbered one such as cuda:0",
     "paper": "must be a name of letters, digits and underscores",
     "claims": "must be names of letters, digits and underscores",
+    "figures": "must be names of letters, digits and underscores",
 }
 
 

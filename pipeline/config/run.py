@@ -24,6 +24,7 @@ class Heading(Table):
     title: Annotated[str, Field(min_length=1)]
     paper: Name | None = None
     claims: Annotated[tuple[Name, ...], BeforeValidator(listed)] = ()
+    figures: Annotated[tuple[Name, ...], BeforeValidator(listed)] | None = None
 
 
 class RunConfig(Table):

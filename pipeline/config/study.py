@@ -3,8 +3,9 @@
 import functools
 import math
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,45 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 16
 
 
+SIZES = ("smoke", "quick", "full")
+DEFAULT_SIZE = "quick"
+
+
 @dataclass(frozen=True)
 class Study:
-    """A validated study.
+    """A validated study, or one part of it: the runs of one store.
 
     Attributes:
         name: stem of its file.
         title: one line for people.
         paper: its module in `analysis.studies`, or None.
         claims: what it must reproduce.
+        figures: what its report shows; None for what every store has.
         source: text of the file, as read.
         overrides: the `key=value` that were laid over it.
+        size: smoke, quick or full; None if the file has no sizes.
+        part: the part of the file that this is; None if the file has no parts.
     """
 
     name: str
     title: str
     paper: str | None
     claims: tuple[str, ...]
+    figures: tuple[str, ...] | None
     source: str = field(repr=False)
     overrides: tuple[str, ...]
+    size: str | None
+    part: str | None
     _runs: tuple[RunConfig, ...] = field(repr=False)
 
     def runs(self) -> list[RunConfig]:
         """The grid's points: learning rates in the order listed, within each the seeds, then `[grid]`, last fastest."""
         return list(self._runs)
+
+    @property
+    def label(self) -> str:
+        """The study, and which part of it."""
+        return self.name if self.part is None else f"{self.name}/{self.part}"
 
 
 def needs_import(study: Study) -> bool:
@@ -72,30 +88,134 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in studies_dir().glob("*.toml"))
 
 
-def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read and validate a study.
+def sizes_of(name_or_path: str | Path) -> list[str]:
+    """The sizes that a study comes in, from small to large; none if it comes in one.
+
+    Raises:
+        MissingError: if there is no such study.
+        StudyError: if its file cannot be read.
+    """
+    label, path = _located(name_or_path)
+    _, sizes = _layers(label, _parsed(label, _read(label, path)))
+    return [size for size in SIZES if size in sizes]
+
+
+def load_study(name_or_path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> Study:
+    """Read and validate a study that has no parts.
+
+    Args:
+        name_or_path: a shipped name ("digits") or the path of a .toml file.
+        overrides: as `load_parts` takes them.
+        size: as `load_parts` takes it.
+
+    Raises:
+        MissingError: if there is no such study.
+        StudyError: for anything in it that cannot be used, or if it has several parts.
+    """
+    study, *others = load_parts(name_or_path, overrides, size)
+    if others:
+        raise StudyError(line(f"{study.name}: has {len(others) + 1} parts, each with a store of its own: load_parts"))
+    return study
+
+
+def load_parts(name_or_path: str | Path, overrides: Sequence[str] = (), size: str | None = None) -> list[Study]:
+    """Read and validate a study: one entry per part of the file, or one for a file without parts.
+
+    The keys of a part are laid over those at the top of the file, then those of the size, then those that the size
+    has for the part, then the overrides. A table that gets another kind (another model) starts afresh.
 
     Args:
         name_or_path: a shipped name ("digits") or the path of a .toml file.
         overrides: "key.path=value" with the value in TOML; a bare word is text. An override of a grid axis replaces
             the values of the axis. One that changes the kind of a table (data.file on digits, model.import on an
             MLP) starts that table afresh, wherever it stands among the overrides.
+        size: smoke, quick or full; quick by default where the file has sizes.
 
     Raises:
         MissingError: if there is no such study.
         StudyError: for anything in it that cannot be used.
     """
-    if str(name_or_path) in shipped():
-        label, path = f"{name_or_path}.toml", studies_dir() / f"{name_or_path}.toml"
-    else:
-        label, path = str(name_or_path), Path(name_or_path)
+    label, path = _located(name_or_path)
     source = _read(label, path)
-    raw = _normalised(f"{label}:", _parsed(label, source), path.parent)
-    raw, overridden = _overridden(raw, overrides)
-    reader = Reader(label, overridden)
-    heading = reader.heading(raw)
-    runs = tuple(reader.runs({key: value for key, value in raw.items() if key not in Heading.model_fields}))
-    return Study(path.stem, heading.title, heading.paper, heading.claims, source, tuple(overrides), runs)
+    raw = _parsed(label, source)
+    parts, sizes = _layers(label, raw)
+    size = _size(label, sizes, size)
+    common = {key: value for key, value in raw.items() if key not in ("parts", "sizes")}
+    of_size, of_parts = _split(sizes.get(size or "", {}))
+    found = []
+    for part in parts or [None]:
+        own = (common, parts[part], of_size, of_parts.get(part, {})) if part else (common, of_size)
+        where = f"{label} ({', '.join(filter(None, [part and f'part {part}', size]))})" if part or size else label
+        tables = [_normalised(f"{label}:", table, path.parent) for table in own]
+        point, overridden = _overridden(functools.reduce(_laid_over, tables), overrides)
+        reader = Reader(where, overridden)
+        heading = reader.heading(point)
+        runs = tuple(reader.runs({key: value for key, value in point.items() if key not in Heading.model_fields}))
+        found.append(
+            Study(path.stem, heading.title, heading.paper, heading.claims, heading.figures, source, tuple(overrides),
+                  size, part, runs)
+        )  # fmt: skip
+    return found
+
+
+def _layers(label: str, raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The tables [parts.NAME] and [sizes.NAME] of a file."""
+    parts, sizes = raw.get("parts", {}), raw.get("sizes", {})
+    for name, tables in (("parts", parts), ("sizes", sizes)):
+        if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+            raise StudyError(line(f"{label}: {name} = {show(tables)}: must be tables, [{name}.NAME]"))
+    for part in parts:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", part, re.ASCII):
+            raise StudyError(line(f"{label}: parts.{part}: must be named by letters a-z, digits and _: it is a folder"))
+    for size, table in sizes.items():
+        if size not in SIZES:
+            raise StudyError(line(f"{label}: sizes.{size}: must be one of {', '.join(SIZES)}{nearest(size, SIZES)}"))
+        if unknown := [part for part in _split(table)[1] if part not in parts]:
+            known = ", ".join(parts) or "there are none"
+            raise StudyError(line(f"{label}: sizes.{size}.parts.{unknown[0]}: not a part of the study ({known})"))
+    return parts, sizes
+
+
+def _size(label: str, sizes: Mapping[str, Any], asked: str | None) -> str | None:
+    """The size to take."""
+    if asked is None:
+        return DEFAULT_SIZE if DEFAULT_SIZE in sizes else next(iter(sizes), None)
+    if asked not in sizes:
+        have = f"has the sizes {', '.join(sizes)}" if sizes else "comes in one size: leave the size out"
+        raise StudyError(line(f"{label}: size = {show(asked)}: the study {have}"))
+    return asked
+
+
+def _split(size: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a size says for all parts, and what it says for each."""
+    parts = size.get("parts", {})
+    return {key: value for key, value in size.items() if key != "parts"}, parts if isinstance(parts, dict) else {}
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `above` laid over those of `below`: values replace values, tables are joined key by key."""
+    joined = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(joined.get(key), dict):
+            if key in KINDS and kind_of(key, value) not in (None, kind_of(key, joined[key])):
+                joined = _emptied(joined, key)
+            joined[key] = joined[key] | value
+        else:
+            joined[key] = value
+    return joined
+
+
+def _emptied(raw: dict[str, Any], table: str) -> dict[str, Any]:
+    """`raw` with a table empty, and its axes gone."""
+    grid = {axis: values for axis, values in raw.get("grid", {}).items() if not axis.startswith(f"{table}.")}
+    return raw | {table: {}, "grid": grid}
+
+
+def _located(name_or_path: str | Path) -> tuple[str, Path]:
+    """What messages call a study, and its file."""
+    if str(name_or_path) in shipped():
+        return f"{name_or_path}.toml", studies_dir() / f"{name_or_path}.toml"
+    return str(name_or_path), Path(name_or_path)
 
 
 def _read(label: str, path: Path) -> str:
@@ -218,8 +338,7 @@ def _fresh_kind(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     kind, table = _kind_set(key, value), key.split(".")[0]
     if kind is None or kind == kind_of(table, raw.get(table)):
         return raw
-    grid = {axis: values for axis, values in raw.get("grid", {}).items() if not axis.startswith(f"{table}.")}
-    return raw | {table: {}, "grid": grid}
+    return _emptied(raw, table)
 
 
 def _kind_set(key: str, value: Any) -> str | None:

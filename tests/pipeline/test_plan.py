@@ -11,7 +11,7 @@ from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
 from pipeline.config import File, Mlp, load_study
 from pipeline.errors import InputError, MissingError, NtkEosError
-from pipeline.plan import START_SECONDS, Plan, plan_runs, plan_study
+from pipeline.plan import START_SECONDS, Plan, plan_runs, plan_study, total
 from pipeline.train import train
 
 
@@ -173,7 +173,7 @@ def test_the_time_is_that_of_workers_who_take_the_next_run_when_they_are_free(tm
     assert Plan(planned, 2, 0.1).seconds == pytest.approx(START_SECONDS + 5)  # 10 + 20 + 20 beside 30 + 10
     assert Plan(planned, 9, 0.1).seconds == pytest.approx(START_SECONDS + 3)
     assert [row["seconds"] for row in Plan(planned, 2, 0.1).rows()] == pytest.approx([1, 3, 2, 2, 1])
-    assert Plan(planned, 2, 0.1).total() == {
+    assert total([Plan(planned, 2, 0.1)]) == {
         "runs": 5, "bytes": 5 * planned[0].nbytes, "seconds": pytest.approx(START_SECONDS + 5),
     }  # fmt: skip
     assert {row["seconds"] for row in Plan(planned, 2, None).rows()} == {None}
@@ -183,7 +183,7 @@ def test_what_is_done_costs_nothing(tmp_path):
     study = load_study("smoke", ["stop.steps=3", "learning_rate=0.1"])
     train(study.runs()[0], str(tmp_path))
     plan = plan_study(study, str(tmp_path), 1)
-    assert plan.total() == {"runs": 0, "bytes": 0, "seconds": 0.0}
+    assert total([plan]) == {"runs": 0, "bytes": 0, "seconds": 0.0}
     assert [row["seconds"] for row in plan.rows()] == [0.0]
     assert plan.summary() == "nothing to do: all 1 runs are done"
 
