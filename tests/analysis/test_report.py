@@ -84,7 +84,7 @@ def quick(monkeypatch):
 def test_the_report_lies_in_its_store(store, page):
     assert (store / "report.html").is_file()
     assert not list(store.glob(".tmp*"))
-    assert list(page.sections) == ["", "run", "claims", "figures", "matched", "runs", "provenance", "ask"]
+    assert list(page.sections) == ["", "run", "claims", "figures", "matched", "runs", "provenance", "ask", "choices"]
 
 
 def test_nothing_is_loaded_from_anywhere(page):
@@ -121,14 +121,19 @@ def test_every_claim_is_there_with_its_verdict_rule_and_source(page):
     assert text.count("? underpowered") == len(CLAIMS)
     assert text.count("none of its own since the first full run") == sum(not claim.changes for claim in CLAIMS.values())
     assert all(change in text for claim in CLAIMS.values() for change in claim.changes)
-    assert all(text.count(change) == 1 for change in CHANGES), "what concerns every claim is listed once"
+    assert all(page.sections["choices"].count(change) == 1 for change in CHANGES), (
+        "what concerns every claim is listed once"
+    )
     assert "matched loss 0.5" in text
 
 
 def test_verdicts_are_words_and_changes_of_rules_are_listed(store, monkeypatch, quick):
     changed = CLAIMS["c5_rises"].__class__(**(vars(CLAIMS["c5_rises"]) | {"changes": ("2026-03-01: 0.3 became 0.25",)}))
     verdicts = {"passed": CLAIMS["below_the_edge_agree"], "failed": changed}
-    judged = [Judgement("mock", claim, Verdict(word, "1 ± 0", 6), "select 1", 0.1) for word, claim in verdicts.items()]
+    judged = [
+        Judgement("mock", None, None, claim, Verdict(word, "1 ± 0", 6), "select 1", 0.1)
+        for word, claim in verdicts.items()
+    ]
     monkeypatch.setattr(report, "judge_store", lambda root: judged)
     page = Page(write_report(store, store / "other.html"))
     text = page.sections["claims"]
@@ -141,8 +146,9 @@ def test_verdicts_are_words_and_changes_of_rules_are_listed(store, monkeypatch, 
 
 def test_what_was_run_says_settings_and_whose_they_are(page):
     text = page.sections["run"]
-    for part in ("mlp (depth 1, width 8)", "0.1, 1.2", "n = 12", "p = 32", "k = 5", "the paper's", "ours"):
+    for part in ("mlp (depth 1, width 8)", "0.1, 1.2", "n = 12", "p = 32", "k = 5"):
         assert part in text
+    assert all(part in page.sections["choices"] for part in ("the paper's", "ours"))
     assert "steps (3 runs); loss is not finite (1 runs)" in text
 
 

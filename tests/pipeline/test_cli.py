@@ -247,7 +247,7 @@ def test_demo_ends_with_commands_that_can_be_pasted(store, tmp_path, monkeypatch
     monkeypatch.setattr("pipeline.cli.shutil.which", lambda name: "/usr/bin/ntk-eos" if active else None)
     monkeypatch.setattr("pipeline.cli._write_report", lambda root, out, quiet: Path("report.html"))
     load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda study, overrides, root: load(study, SMALL, root))
+    monkeypatch.setattr(cli, "_load", lambda study, overrides, root, *rest: load(study, SMALL, root, *rest))
     result = call("demo", "--out", store)
     assert result.exit_code == 0, result.output
     commands = result.stdout.partition("is retrained):")[2].strip().splitlines()

@@ -27,9 +27,11 @@ from pipeline.config import (
     RunConfig,
     Stop,
     check_imports_allowed,
+    load_parts,
     load_study,
     needs_import,
     shipped,
+    sizes_of,
 )
 from pipeline.errors import MissingError, StudyError
 from pipeline.plan import plan_runs
@@ -225,7 +227,7 @@ def test_a_run_survives_json_and_pickle(study, tmp_path):
 
 SAID = [
     ("model.widht=64", '--set model.widht = 64: unknown key; did you mean "width"? (allowed: activation, depth, name,'),
-    ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, grid,"),
+    ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, figures, grid,"),
     ("lerning_rate=1", '--set lerning_rate = 1: unknown key; did you mean "learning_rate"?'),
     ("record.spectra={evry=5}", '--set record.spectra.evry = 5: unknown key; did you mean "every"? (allowed: every,'),
     ("axes={a=1}", "axes: unknown key"),
@@ -498,6 +500,91 @@ def test_what_is_recorded_may_be_an_axis(study):
     assert runs[1].identity() == one(study).identity()
 
 
+# --- parts and sizes --------------------------------------------------------------------------------------------------
+
+LAYERED = (
+    MINIMAL
+    + """
+[parts.one]
+learning_rate = 0.3
+title = "one"
+[parts.one.grid]
+"model.width" = [4, 8]
+[parts.two.data]
+name = "file"
+file = "xy.npz"
+[sizes.quick]
+stop = { loss = 0.5 }
+[sizes.smoke]
+seed = 7
+[sizes.smoke.parts.two]
+learning_rate = 1.5
+"""
+)
+
+
+@pytest.fixture
+def layered(tmp_path):
+    path = tmp_path / "layered.toml"
+    path.write_text(LAYERED)
+    return path
+
+
+def test_a_part_is_laid_over_the_file_and_a_size_over_the_part(layered):
+    one, two = load_parts(layered)
+    assert (one.size, one.title, one.label, two.title) == ("quick", "one", "layered/one", "t")
+    assert [(run.learning_rate, run.seed, run.model.width) for run in one.runs()] == [
+        (0.3, 0, 4), (0.3, 0, 8), (0.3, 1, 4), (0.3, 1, 8),
+    ]  # fmt: skip
+    assert {(run.stop.steps, run.stop.loss) for study in (one, two) for run in study.runs()} == {(10, 0.5)}
+    assert two.runs()[0].data == File(file=str(layered.parent / "xy.npz"))  # afresh: no target of the digits
+
+
+def test_overrides_come_last_and_a_size_may_change_one_part(layered):
+    one, two = load_parts(layered, ["stop.steps=3", "model.width=2"], "smoke")
+    assert {run.seed for run in (*one.runs(), *two.runs())} == {7}
+    assert [run.learning_rate for run in two.runs()] == [1.5]
+    assert {run.stop.steps for run in one.runs()} == {3}
+    assert {run.model.width for run in two.runs()} == {2}
+
+
+def test_a_file_without_parts_is_one_and_has_the_ids_it_had(study):
+    (only,) = load_parts("smoke")
+    assert (only.part, only.size) == (None, None)
+    assert only.runs() == load_study("smoke").runs()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("parts = 3", "parts = 3: must be tables"),
+        ("[parts]\none = 3", "parts = .*: must be tables"),
+        ("[parts.'../x']\n", "named by letters a-z"),
+        ("[sizes.big]\n", "sizes.big: must be one of smoke, quick, full"),
+        ("[sizes.quick.parts.cnn]\n", r"sizes.quick.parts.cnn: not a part of the study \(there are none\)"),
+        ("[parts.a]\nwidth = 3", r"\(part a\): width = 3: unknown key; did you mean model.width"),
+        ("[parts.a.model]\nname = 'cmn'", r"model.name = .cmn.: must be one of"),
+        ("[sizes.full]\nseed = -1", r"\(full\): seed = -1: must be at least 0"),
+    ],
+)
+def test_wrong_parts_and_sizes_are_refused(tmp_path, text, said):
+    path = tmp_path / "wrong.toml"
+    path.write_text(f"{text}\n{MINIMAL}" if text.startswith("parts") else MINIMAL + text)
+    with pytest.raises(StudyError, match=said) as caught:
+        load_parts(path)
+    assert_one_plain_line(str(caught.value))
+
+
+def test_sizes_that_are_not_there(layered):
+    assert sizes_of(layered) == ["smoke", "quick"]
+    with pytest.raises(StudyError, match='size = "full": the study has the sizes quick, smoke'):
+        load_parts(layered, size="full")
+    with pytest.raises(StudyError, match="comes in one size"):
+        load_parts("digits", size="quick")
+    with pytest.raises(StudyError, match="has 2 parts"):
+        load_study(layered)
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -508,7 +595,7 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
     tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
     tables += [(f"{name}.", table) for name, table in TABLES.items()]
     tables += [("", kind) for kind in dict.fromkeys(KERNELS.values())]
-    expected = 1  # grid
+    expected = 3  # grid, parts, sizes
     for prefix, table in tables:
         for name, info in table.model_fields.items():
             key = prefix + (info.alias or name)
@@ -532,6 +619,19 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
             ]  # fmt: skip
             assert len(found) == 1, f"{key} with default {defaults} and values {values}"
     assert len(page) == expected
+
+
+def test_parts_and_sizes_of_the_page(tmp_path):
+    page = (REPO / "docs/studies.md").read_text().split("```toml\n")
+    path = tmp_path / "width.toml"
+    example, layers = (text.split("```")[0] for text in page[1:3])
+    path.write_text(example.split("\n[grid]")[0] + example[example.index("\n[data]") :] + layers)
+    narrow, wide = load_parts(path, size="full")
+    assert (narrow.part, wide.part) == ("narrow", "wide")
+    assert {run.seed for run in wide.runs()} == set(range(5))
+    assert [study.runs()[0].stop.steps for study in (narrow, wide)] == [5000, 20_000]
+    assert [study.runs()[0].model.width for study in (narrow, wide)] == [16, 256]
+    assert (narrow.claims, wide.claims) == ((), ("c5_rises",))
 
 
 def test_the_example_of_the_page_is_a_study(study):
