@@ -28,7 +28,8 @@ FIGURE_A = (
     "from alignment join runs using (run_id) group by 1, 2 order by 1, 2"
 )
 CLAIM = {
-    "study": "mock", "part": None, "size": "quick", "claim": "it_rises", "statement": "It rises.", "rule": "It has to rise.", "changes": None,
+    "study": "mock", "part": None, "size": "quick", "claim": "it_rises", "statement": "It rises.",
+    "rule": "It has to rise.", "changes": None,
     "source": "nobody", "level": 0.1, "value": "it rose by 1", "verdict": "passed", "runs": 4, "sql": "select 1",
 }  # fmt: skip
 

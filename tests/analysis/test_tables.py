@@ -75,7 +75,8 @@ def test_a_run_in_the_table(tmp_path):
     assert json.loads(row.pop("config")) == run.attrs["identity"]
     assert row == {
         "run_id": "lr-0.5_seed-3_model.width-6", "path": "runs/lr-0.5_seed-3_model.width-6.zarr", "status": "complete",
-        "stop_reason": "steps", "learning_rate": 0.5, "seed": 3, "study": "mock", "part": None, "size": None, "title": "A mock study",
+        "stop_reason": "steps", "learning_rate": 0.5, "seed": 3, "study": "mock", "part": None, "size": None,
+        "title": "A mock study",
         "family": "family-lr-0.5_seed-3_model.width-6", "process": "discrete", "dataset": "mock", "model": "mlp",
         "loss_function": "mse", "update_rule": "gd", "n": 5, "c": 2, "p": 30, "k": 4, "steps": 6, "n_snapshots": 5,
         "n_spectra": 3, "n_scalars": 7, "n_hessian": 2,

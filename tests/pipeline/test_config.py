@@ -227,7 +227,7 @@ def test_a_run_survives_json_and_pickle(study, tmp_path):
 
 SAID = [
     ("model.widht=64", '--set model.widht = 64: unknown key; did you mean "width"? (allowed: activation, depth, name,'),
-    ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, figures, grid,"),
+    ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, figures,"),
     ("lerning_rate=1", '--set lerning_rate = 1: unknown key; did you mean "learning_rate"?'),
     ("record.spectra={evry=5}", '--set record.spectra.evry = 5: unknown key; did you mean "every"? (allowed: every,'),
     ("axes={a=1}", "axes: unknown key"),
