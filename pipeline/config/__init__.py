@@ -14,7 +14,7 @@ ids of earlier runs stay.
 """
 
 from pipeline.config.data import Digits, File
-from pipeline.config.models import Imported, Mlp
+from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import KERNELS, CadenceTable, Record, kernel_table
 from pipeline.config.run import KINDS, TABLES, Heading, RunConfig, config_of
 from pipeline.config.study import (
@@ -29,7 +29,8 @@ from pipeline.config.study import (
 from pipeline.config.training import Compute, GradientDescent, Mse, Stop
 
 __all__ = [
-    "KERNELS", "KINDS", "MAX_BYTES", "TABLES", "CadenceTable", "Compute", "Digits", "File", "GradientDescent",
-    "Heading", "Imported", "Mlp", "Mse", "Record", "RunConfig", "Stop", "Study", "check_imports_allowed", "config_of",
-    "kernel_table", "load_study", "needs_import", "shipped", "studies_dir",
+    "KERNELS", "KINDS", "MAX_BYTES", "TABLES", "CadenceTable", "Cnn", "Compute", "DeepLinear", "Digits", "File",
+    "GradientDescent", "Heading", "Imported", "Mlp", "Mse", "Record", "Resnet", "RunConfig", "Stop", "Study",
+    "TwoLayerLinear", "Vit", "check_imports_allowed", "config_of", "kernel_table", "load_study", "needs_import",
+    "shipped", "studies_dir",
 ]  # fmt: skip
