@@ -68,10 +68,11 @@ def test_what_is_recorded_on_request_is_counted(study, tmp_path):
         (["record.ntk_full=true"], "record.ntk_full = true: the data have one output"),
         (["record.hessian={}", "record.hessian_eigenpairs=9000"],
          "record.hessian_eigenpairs = 9000: must be at most p = 8385 parameters"),
+        (["model.name=cnn"], "model.name = cnn: one example has shape (64,); must be (channels, height, width)"),
     ],
-    ids=["one_output", "too_many"],
+    ids=["one_output", "too_many", "no_images"],
 )  # fmt: skip
-def test_what_cannot_be_recorded_is_refused_before_anything_is_written(study, overrides, said):
+def test_what_cannot_be_run_is_refused_before_anything_is_written(study, overrides, said):
     assert said in message(lambda: plan_runs([one(study, *overrides)], "nowhere"), InputError)
 
 
