@@ -160,7 +160,7 @@ def check_normal(weight, std):
         ({"parametrisation": "ntk"}, lambda i, o: 1.0),
         ({"parametrisation": "mean_field"}, lambda i, o: 1.0),
     ],
-    ids=str,
+    ids=["lecun_normal", "he_normal", "xavier_normal", "ntk", "mean_field"],
 )
 def test_initial_weights_are_normal_and_biases_zero(keys, std):
     assert INITS.keys() == {"lecun_normal", "he_normal", "xavier_normal"}
