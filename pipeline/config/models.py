@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
@@ -37,9 +38,10 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, bias: bool = True) -> list
     return [(outputs, inputs, kernel, kernel), (outputs,)][: 1 + bias]
 
 
-class Architecture(Table):
+class Architecture(Table, ABC):
     """A network whose tensors are known before it is built."""
 
+    @abstractmethod
     def shapes(self, input_shape: Shape, outputs: int) -> list[Shape]:
         """Shapes of the trained tensors in their order.
 
@@ -50,13 +52,12 @@ class Architecture(Table):
         Raises:
             InputError: if the network does not take such examples.
         """
-        raise NotImplementedError
 
-    def parameters(self, input_shape: Shape, outputs: int) -> int | None:
+    def parameters(self, input_shape: Shape, outputs: int) -> int:
         """p; as for `shapes`."""
         return sum(map(math.prod, self.shapes(input_shape, outputs)))
 
-    def tensors(self, input_shape: Shape, outputs: int) -> int | None:
+    def tensors(self, input_shape: Shape, outputs: int) -> int:
         """l, the trained tensors; as for `shapes`."""
         return len(self.shapes(input_shape, outputs))
 
