@@ -125,14 +125,14 @@ def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:
 
     Raises:
         MissingError: if a data file does not exist.
-        InputError: if a data file cannot be used, `data.n` or `record.eigenpairs` is more than it holds, or something
-            is to be recorded that data or model do not have.
+        InputError: if a data file cannot be used, `data.n` or `record.eigenpairs` is more than it holds, the model does
+            not take such examples, or something is to be recorded that data or model do not have.
     """
     shape = functools.cache(lambda data: data.shape())
     planned = []
     for run in runs:
         samples, features, outputs = shape(run.data)
-        parameters = run.model.parameters(math.prod(features), outputs)
+        parameters = run.model.parameters(features, outputs)
         _check_record(run.record, samples, outputs, parameters)
         rows = row_capacity(run.record.cadences, len(run.record.loss_levels), run.stop.steps)
         nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
@@ -255,7 +255,7 @@ def _seconds_per_step(config: RunConfig) -> float | None:
 def _nbytes(
     run: RunConfig, rows: dict[str, int], samples: int, features: tuple[int, ...], outputs: int, parameters: int
 ) -> int:
-    record, tensors = run.record, run.model.tensors()
+    record, tensors = run.record, run.model.tensors(features, outputs)
     sizes = {
         "step": 1, "sample": samples, "sample2": samples, "output": outputs, "output2": outputs, "byte": 16,
         "eig": record.eigenpairs, "hessian_eig": record.hessian_eigenpairs or 1, "parameter_index": parameters,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance",
+        "schema cadence seeds zarr3 console provenance images",
         "disk",
         "store",
         "config verify",
@@ -48,10 +48,11 @@ LAYERS = {
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
-PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
+PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "cli"}
-BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
+TORCH_FREE |= {"verify", "cli", "images"}
+# These may import what a string names.
+BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
 Unit = tuple[str, str]  # package and the name that has a place in it, such as ("analysis", "studies")

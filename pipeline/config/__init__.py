@@ -14,7 +14,7 @@ ids of earlier runs stay.
 """
 
 from pipeline.config.data import Digits, File
-from pipeline.config.models import Imported, Mlp
+from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import KERNELS, CadenceTable, Record, kernel_table
 from pipeline.config.run import KINDS, TABLES, Heading, RunConfig, config_of
 from pipeline.config.study import (
@@ -38,7 +38,9 @@ __all__ = [
     "SIZES",
     "TABLES",
     "CadenceTable",
+    "Cnn",
     "Compute",
+    "DeepLinear",
     "Digits",
     "File",
     "GradientDescent",
@@ -47,15 +49,19 @@ __all__ = [
     "Mlp",
     "Mse",
     "Record",
+    "Resnet",
     "RunConfig",
     "Stop",
     "Study",
+    "TwoLayerLinear",
+    "Vit",
     "check_imports_allowed",
     "config_of",
     "kernel_table",
     "load_parts",
     "load_study",
     "needs_import",
-    "shipped", "sizes_of",
+    "shipped",
+    "sizes_of",
     "studies_dir",
-]  # fmt: skip
+]

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.data import Digits, File
-from pipeline.config.models import Imported, Mlp
+from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import Record
 from pipeline.config.tables import Name, Positive, Table, listed
 from pipeline.config.training import Compute, GradientDescent, Mse, Stop
@@ -41,7 +41,7 @@ class RunConfig(Table):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     process: Literal["discrete"] = "discrete"
     data: Digits | File
-    model: Mlp | Imported
+    model: Mlp | TwoLayerLinear | DeepLinear | Cnn | Vit | Resnet | Imported
     loss: Mse = Mse()
     update: GradientDescent = GradientDescent()
     stop: Stop

@@ -226,7 +226,7 @@ def test_a_run_survives_json_and_pickle(study, tmp_path):
 # --- messages --------------------------------------------------------------------------------------------------------
 
 SAID = [
-    ("model.widht=64", '--set model.widht = 64: unknown key; did you mean "width"? (allowed: activation, depth, name,'),
+    ("model.widht=64", '--set model.widht = 64: unknown key; did you mean "width"? (allowed: activation, bias, depth,'),
     ("width=64", "--set width = 64: unknown key; did you mean model.width? (allowed: claims, compute, data, figures,"),
     ("lerning_rate=1", '--set lerning_rate = 1: unknown key; did you mean "learning_rate"?'),
     ("record.spectra={evry=5}", '--set record.spectra.evry = 5: unknown key; did you mean "every"? (allowed: every,'),
@@ -585,25 +585,79 @@ def test_sizes_that_are_not_there(layered):
         load_study(layered)
 
 
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["bias=true", "parametrisation=pytorch", "init_scale=1.0", "output_scale=1"])
+def test_what_a_model_does_by_default_is_no_part_of_the_identity(study, key):
+    assert one(study, f"model.{key}").run_id == one(study).run_id
+    assert set(one(study).identity()["model"]) == {"name", "width", "depth", "activation"}
+
+
+@pytest.mark.parametrize(
+    "key", ["bias=false", "parametrisation=ntk", "init=lecun_normal", "init_scale=2.0", "output_scale=0.5"]
+)
+def test_what_a_model_does_otherwise_tells_runs_apart(study, key):
+    assert one(study, f"model.{key}").run_id != one(study).run_id
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.name=mpl"], "must be one of mlp, two_layer_linear, deep_linear, cnn, vit, resnet, import"),
+        (["model.parametrisation=ntk", "model.init=he_normal"], 'model.init = "he_normal": leave it out: with this'),
+        (["model.init_scale=0"], "model.init_scale = 0: must be more than 0"),
+        (["model.name=vit", "model.dim=30"], "model.heads = 4: must divide model.dim = 30"),
+        (
+            ["model.name=vit", "model.dim=6", "model.heads=2"],
+            'model.position = "sincos": needs a multiple of 4 as model.',
+        ),
+        (["model.name=cnn", "model.channels=[]"], "model.channels = []: must not be empty"),
+        (["model.name=cnn", "model.channels=8"], "model.channels = 8: must be a list"),
+        (["model.name=cnn", "model.channels=[8,0]"], "model.channels[1] = 0: must be at least 1"),
+        (["model.name=two_layer_linear", "model.init_scale=2.0"], "model.init_scale = 2.0: unknown key"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(study, overrides, said):
+    text = message(lambda: one(study, *overrides))
+    assert said in text
+    assert_one_plain_line(text)
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
+def tables_of_the_page():
+    """The tables of keys on the page, each a list of (key, default, allowed)."""
+    for block in (REPO / "docs/studies.md").read_text().split("\n\n"):
+        rows = [line.split("|") for line in block.splitlines() if line.startswith("| `")]
+        yield [(key.strip().strip("`"), default.strip(), allowed) for _, key, _, default, allowed, *_ in rows]
+
+
 def test_the_page_describes_every_key_with_its_default_and_its_values():
-    rows = [line.split("|") for line in (REPO / "docs/studies.md").read_text().splitlines() if line.startswith("| `")]
-    page = [(key.strip().strip("`"), default.strip(), allowed) for _, key, _, default, allowed, *_ in rows]
+    page = list(tables_of_the_page())
     tables = [("", Heading), ("", RunConfig), ("", CadenceTable)]
     tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
     tables += [(f"{name}.", table) for name, table in TABLES.items()]
     tables += [("", kind) for kind in dict.fromkeys(KERNELS.values())]
     expected = 3  # grid, parts, sizes
+
+    described = {("grid", "none", " see below ")}
     for prefix, table in tables:
+        # A kind has a table of its own, which says its name, and may share those that say none.
+        names = [[allowed for key, _, allowed in rows if key == f"{prefix}name"] for rows in page]
+        kind = table.model_fields["name"].default if "name" in table.model_fields else None
+        own = [
+            rows
+            for rows, said in zip(page, names, strict=True)
+            if not said or any(f'`"{kind}"`' in one for one in said)
+        ]
         for name, info in table.model_fields.items():
             key = prefix + (info.alias or name)
             if key in {*KINDS, *TABLES, "axes", "name"}:
                 continue
-            expected += 1
             values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
-            needed = key in ("data.name", "model.name") and values[0] in ("digits", "mlp")
+            needed = key in ("data.name", "model.name") and values[0] not in ("file", "import")
             if info.is_required() or needed:
                 defaults = {"required"}
             elif info.default is None:
@@ -614,11 +668,12 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
             else:
                 defaults = {f"`{json.dumps(info.default)}`"}
             found = [
-                row for row in page
+                row for rows in own for row in rows
                 if row[0] == key and row[1] in defaults and all(f'`"{value}"`' in row[2] for value in values)
             ]  # fmt: skip
-            assert len(found) == 1, f"{key} with default {defaults} and values {values}"
-    assert len(page) == expected
+            assert len(found) == 1, f"{key} of {kind} with default {defaults} and values {values}"
+            described.update(found)
+    assert {row for rows in page for row in rows} == described
 
 
 def test_parts_and_sizes_of_the_page(tmp_path):

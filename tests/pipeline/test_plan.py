@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
-from pipeline.config import File, Mlp, load_study
+from pipeline.config import File, load_study
 from pipeline.errors import InputError, MissingError, NtkEosError
 from pipeline.plan import START_SECONDS, Plan, plan_runs, plan_study, total
 from pipeline.train import train
@@ -68,25 +68,12 @@ def test_what_is_recorded_on_request_is_counted(study, tmp_path):
         (["record.ntk_full=true"], "record.ntk_full = true: the data have one output"),
         (["record.hessian={}", "record.hessian_eigenpairs=9000"],
          "record.hessian_eigenpairs = 9000: must be at most p = 8385 parameters"),
+        (["model.name=cnn"], "model.name = cnn: one example has shape (64,); must be (channels, height, width)"),
     ],
-    ids=["one_output", "too_many"],
+    ids=["one_output", "too_many", "no_images"],
 )  # fmt: skip
-def test_what_cannot_be_recorded_is_refused_before_anything_is_written(study, overrides, said):
+def test_what_cannot_be_run_is_refused_before_anything_is_written(study, overrides, said):
     assert said in message(lambda: plan_runs([one(study, *overrides)], "nowhere"), InputError)
-
-
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)
-)  # fmt: skip
-@settings(max_examples=20, deadline=None)
-def test_parameters_are_those_of_the_network(shape, width, depth, outputs):
-    torch = pytest.importorskip("torch")
-    from pipeline.models import build_model
-
-    model = Mlp(width=width, depth=depth)
-    built = build_model(model, tuple(shape), outputs, 0, torch.float32)
-    assert model.parameters(int(np.prod(shape)), outputs) == sum(p.numel() for p in built.parameters())
-    assert model.tensors() == len(list(built.parameters()))
 
 
 def test_an_imported_model_is_planned_without_its_parameters(study):

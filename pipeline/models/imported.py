@@ -1,61 +1,12 @@
-"""What is trained: a registry of models `(options, input_shape, outputs) -> nn.Module`, and the user's own by path."""
+"""A user's own model, by import path."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.seeds import stream
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
-
-
-def build_model(options: Any, input_shape: tuple[int, ...], outputs: int, seed: int, dtype: torch.dtype) -> nn.Module:
-    """A freshly initialised model on the CPU.
-
-    The weights are drawn in float32 from the stream "init" of `seed` and converted, so that a run in float64 starts
-    where the run in float32 does. The global generator is left as it was.
-
-    Args:
-        options: the study's model table; `options.name` is an entry of `MODELS`.
-        input_shape: shape of one example.
-        outputs: c.
-        seed: the run's seed.
-        dtype: of the parameters.
-
-    Raises:
-        InputError: if the user's model cannot be used.
-    """
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would also seed the accelerators, which fork_rng does not save here.
-        torch.default_generator.manual_seed(int(stream(seed, "init").integers(2**63)))
-        model = MODELS[options.name](options, input_shape, outputs)
-    return model.to(dtype)
-
-
-def mlp(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
-    """A fully connected network with biases and PyTorch's default initialisation, uniform on ±1/√fan_in.
-
-    Args:
-        options: `width` and `depth` of the hidden layers; `activation`, one of `ACTIVATIONS`.
-        input_shape: shape of one example; flattened if it has more than one axis.
-        outputs: c.
-    """
-    layers: list[nn.Module] = [] if len(input_shape) == 1 else [nn.Flatten()]
-    features = int(torch.Size(input_shape).numel())
-    for _ in range(options.depth):
-        layers += [nn.Linear(features, options.width), ACTIVATIONS[options.activation]()]
-        features = options.width
-    return nn.Sequential(*layers, nn.Linear(features, outputs))
 
 
 def import_model(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -114,6 +65,3 @@ def _check_forward(what: str, model: nn.Module, input_shape: tuple[int, ...], ou
 def _describe(error: Exception) -> str:
     """An error of the user's code on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-MODELS: dict[str, Callable[[Any, tuple[int, ...], int], nn.Module]] = {"mlp": mlp, "import": import_model}
