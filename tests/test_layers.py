@@ -52,7 +52,7 @@ PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli"}
 BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
-TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
+TRAINING_ONLY = {"torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
 Unit = tuple[str, str]  # package and the name that has a place in it, such as ("analysis", "studies")
 

@@ -13,7 +13,7 @@ A new key must default to None, which means "as before it existed": absent keys 
 ids of earlier runs stay.
 """
 
-from pipeline.config.data import Digits, File
+from pipeline.config.data import Chebyshev, Cifar10, Digits, File, OneOutlier, Patterns1d, WhitenedLinear
 from pipeline.config.models import Imported, Mlp
 from pipeline.config.record import KERNELS, CadenceTable, Record, kernel_table
 from pipeline.config.run import KINDS, TABLES, Heading, RunConfig, config_of
@@ -29,7 +29,8 @@ from pipeline.config.study import (
 from pipeline.config.training import Compute, GradientDescent, Mse, Stop
 
 __all__ = [
-    "KERNELS", "KINDS", "MAX_BYTES", "TABLES", "CadenceTable", "Compute", "Digits", "File", "GradientDescent",
-    "Heading", "Imported", "Mlp", "Mse", "Record", "RunConfig", "Stop", "Study", "check_imports_allowed", "config_of",
-    "kernel_table", "load_study", "needs_import", "shipped", "studies_dir",
+    "KERNELS", "KINDS", "MAX_BYTES", "TABLES", "CadenceTable", "Chebyshev", "Cifar10", "Compute", "Digits", "File",
+    "GradientDescent", "Heading", "Imported", "Mlp", "Mse", "OneOutlier", "Patterns1d", "Record", "RunConfig",
+    "Stop", "Study", "WhitenedLinear", "check_imports_allowed", "config_of", "kernel_table", "load_study",
+    "needs_import", "shipped", "studies_dir",
 ]  # fmt: skip
