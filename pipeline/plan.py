@@ -15,7 +15,7 @@ from pipeline import schema
 from pipeline.cadence import row_capacity
 from pipeline.config import File, Imported, Record, RunConfig, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
-from pipeline.data import load_data
+from pipeline.data import load_data, needs_download
 from pipeline.disk import Directory
 from pipeline.errors import InputError
 from pipeline.store import FINAL, LEASE, RECORD, Run, chain_seed, read_run, run_path
@@ -146,7 +146,7 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
     """Plan a study for a store that may exist already; nothing is written to it.
 
     The time is that of a few steps of the largest run, measured here, times the steps left: runs that are smaller or
-    reach their loss end earlier.
+    reach their loss end earlier. It stays unknown where that would import a user's model or download data.
 
     Args:
         study: what would be run.
@@ -159,7 +159,7 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
     """
     runs = plan_runs(study.runs(), root)
     left = [run for run in runs if run.state != "done"]
-    if not left or needs_import(study):
+    if not left or needs_import(study) or any(needs_download(run.config.data) for run in left):
         return Plan(runs, workers, None)
     largest = max(left, key=lambda run: run.samples * (run.samples + (run.parameters or 0)))
     return Plan(runs, workers, _seconds_per_step(largest.config))
@@ -216,7 +216,8 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
 
     Raises:
         RunLocked: if another process writes all of them.
-        InputError: if the device of all of them is not there, or the imported model of all of them cannot be used.
+        InputError: if the device of all of them is not there, their data cannot be downloaded, or the imported model of
+            all of them cannot be used.
     """
     runs = [one.config for one in planned]
     first = runs[0]
@@ -228,6 +229,8 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
         from pipeline.train import find_device
 
         find_device(device)
+    if all(needs_download(run.data) for run in runs):
+        load_data(first.data, first.seed)  # once and here, not by every worker at a time
     if isinstance(first.model, Imported) and all(run.model == first.model for run in runs):
         import torch
 

@@ -53,7 +53,7 @@ TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "prove
 TORCH_FREE |= {"verify", "cli", "images"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
-TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
+TRAINING_ONLY = {"torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
 Unit = tuple[str, str]  # package and the name that has a place in it, such as ("analysis", "studies")
 

@@ -13,7 +13,7 @@ A new key must default to None, which means "as before it existed": absent keys 
 ids of earlier runs stay.
 """
 
-from pipeline.config.data import Digits, File
+from pipeline.config.data import Chebyshev, Cifar10, Digits, File, OneOutlier, Patterns1d, WhitenedLinear
 from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import KERNELS, CadenceTable, Record, kernel_table
 from pipeline.config.run import KINDS, TABLES, Heading, RunConfig, config_of
@@ -38,6 +38,8 @@ __all__ = [
     "SIZES",
     "TABLES",
     "CadenceTable",
+    "Chebyshev",
+    "Cifar10",
     "Cnn",
     "Compute",
     "DeepLinear",
@@ -48,6 +50,8 @@ __all__ = [
     "Imported",
     "Mlp",
     "Mse",
+    "OneOutlier",
+    "Patterns1d",
     "Record",
     "Resnet",
     "RunConfig",
@@ -55,6 +59,7 @@ __all__ = [
     "Study",
     "TwoLayerLinear",
     "Vit",
+    "WhitenedLinear",
     "check_imports_allowed",
     "config_of",
     "kernel_table",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.config.data import Digits, File
+from pipeline.config.data import Chebyshev, Cifar10, Digits, File, OneOutlier, Patterns1d, WhitenedLinear
 from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import Record
 from pipeline.config.tables import Name, Positive, Table, listed
@@ -40,8 +40,8 @@ class RunConfig(Table):
     learning_rate: Positive
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     process: Literal["discrete"] = "discrete"
-    data: Digits | File
     model: Mlp | TwoLayerLinear | DeepLinear | Cnn | Vit | Resnet | Imported
+    data: Digits | Cifar10 | Chebyshev | WhitenedLinear | OneOutlier | Patterns1d | File
     loss: Mse = Mse()
     update: GradientDescent = GradientDescent()
     stop: Stop

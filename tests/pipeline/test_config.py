@@ -174,7 +174,7 @@ def test_identity_ignores_what_does_not_change_the_numbers(study):
 
 @pytest.mark.parametrize(
     "override",
-    ["data.n=50", "data.target=parity", "model.width=63", "model.depth=3", "model.activation=relu",
+    ["data.n=50", "data.target=parity", "data.shape=image", "model.width=63", "model.depth=3", "model.activation=relu",
      "record.eigenpairs=3", "record.loss_levels=[0.1]", "record.spectra={every=9}", "record.scalars={}",
      "record.snapshots={log=8,every=100}", "compute.threads=2", "compute.device=cuda:0", "compute.dtype=float64",
      "learning_rate=0.30000000000000004", "seed=3", "data.file=xy.npz", "model.import=a:b"],
@@ -231,12 +231,23 @@ SAID = [
     ("lerning_rate=1", '--set lerning_rate = 1: unknown key; did you mean "learning_rate"?'),
     ("record.spectra={evry=5}", '--set record.spectra.evry = 5: unknown key; did you mean "every"? (allowed: every,'),
     ("axes={a=1}", "axes: unknown key"),
-    ("data.name=digit", '--set data.name = "digit": must be one of digits, file; did you mean "digits"?'),
-    ("data={}", "--set data.name: missing; must be one of digits, file"),
+    ("data.name=digit", '--set data.name = "digit": must be one of digits, cifar10, chebyshev, whitened_linear, '),
+    ("data.name=digit", 'one_outlier, patterns1d, file; did you mean "digits"?'),
+    ("data={}", "--set data.name: missing; must be one of digits, cifar10, chebyshev, "),
     ("data={name='digits',file='x.npz'}", 'with it, leave out data.name or say "file"'),
     ("data.file=x.csv", "must be the path of an .npz file with the arrays x and y"),
     ("data.n=1.5", "--set data.n = 1.5: must be a whole number"),
     ("data.n=1798", "--set data.n = 1798: must be at most 1797"),
+    ("data.target=odd", '--set data.target = "odd": must be "digit<5", "parity", "ten" or a pair such as "3 vs 8"'),
+    ("data.target='3 vs 3'", "or a pair such as"),
+    ("data={name='digits',target='3 vs 8',n=358}", 'data.n = 358: must be at most 357, the examples of "3 vs 8"'),
+    ("data={name='digits',shape='flat'}", '--set data.shape = "flat": must be one of image'),
+    ("data={name='cifar10',n=1001}", "--set data.n = 1001: must be a multiple of data.classes = 2"),
+    ("data={name='cifar10',classes=3}", "--set data.n = 1000: must be a multiple of data.classes = 3"),
+    ("data={name='cifar10',n=10001,choice='first'}", "data.n = 10001: must be at most 10000, the images of 2 classes"),
+    ("data={name='whitened_linear',n=49}", "--set data.d = 50: must be at most 49, data.n"),
+    ("data={name='one_outlier',d=101}", "--set data.d = 101: must be at most 100, data.n"),
+    ("data={name='patterns1d',classes=8}", "data.length = 32: must be at least 4 (data.classes + 1) = 36"),
     ("data.n=19", "record.eigenpairs = 20: must be at most data.n = 19"),
     ("model=3", "--set model = 3: must be a table"),
     ("model.width=0", "--set model.width = 0: must be at least 1"),
@@ -640,9 +651,7 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
     tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
     tables += [(f"{name}.", table) for name, table in TABLES.items()]
     tables += [("", kind) for kind in dict.fromkeys(KERNELS.values())]
-    expected = 3  # grid, parts, sizes
-
-    described = {("grid", "none", " see below ")}
+    described = {row for rows in page for row in rows if row[0] in ("grid", "parts", "sizes")}
     for prefix, table in tables:
         # A kind has a table of its own, which says its name, and may share those that say none.
         names = [[allowed for key, _, allowed in rows if key == f"{prefix}name"] for rows in page]

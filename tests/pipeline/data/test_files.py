@@ -1,4 +1,4 @@
-"""Datasets: what they hold, what they draw, and what a file may not be."""
+"""The user's own arrays: how they are taken, and what a file may not be."""
 
 import io
 import pickle
@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 
-from pipeline.data import DATASETS, Data, is_labels, load_data, read_arrays
+from pipeline.data import load_data, read_arrays
 from pipeline.errors import InputError, MissingError
-from pipeline.seeds import stream
-
-
-def digits(n=300, target="digit<5"):
-    return SimpleNamespace(name="digits", n=n, target=target)
 
 
 def arrays(path, n=None, normalise="none"):
@@ -36,56 +30,6 @@ def npz(tmp_path):
     return write
 
 
-# --- digits ----------------------------------------------------------------------------------------------------------
-
-
-def test_digits_are_centred_per_pixel_and_have_one_deviation():
-    data = load_data(digits(), seed=0)
-    assert (data.x.shape, data.y.shape, data.x.dtype, data.y.dtype) == ((300, 64), (300, 1), np.float64, np.float64)
-    np.testing.assert_allclose(data.x.mean(axis=0), 0, atol=1e-12)
-    assert data.x.std() == pytest.approx(1)
-    assert data.x.std(axis=0).max() > 1.5  # pixels keep their own spread
-
-
-@pytest.mark.parametrize(("target", "rule"), [("digit<5", lambda d: d < 5), ("parity", lambda d: d % 2 == 0)])
-def test_digits_keep_the_example_and_the_label_of_their_index(target, rule):
-    pixels, digit = load_digits(return_X_y=True)
-    data = load_data(digits(100, target), seed=3)
-    chosen = pixels[data.sample_index]
-    centred = chosen - chosen.mean(axis=0)
-    np.testing.assert_allclose(data.x, centred / centred.std(), atol=1e-12)
-    np.testing.assert_array_equal(data.y[:, 0] == 1, rule(digit[data.sample_index]))
-    assert data.labels
-    assert set(np.unique(data.y)) == {-1.0, 1.0}
-
-
-def test_digits_are_drawn_without_replacement_by_the_seed():
-    first, again, other = (load_data(digits(), seed) for seed in (0, 0, 1))
-    assert len(set(first.sample_index)) == 300
-    np.testing.assert_array_equal(first.sample_index, again.sample_index)
-    assert first.digest == again.digest
-    assert first.digest != other.digest
-    assert set(first.sample_index) != set(other.sample_index)
-
-
-def test_fewer_digits_are_the_first_of_more():
-    few, many = load_data(digits(50), 7), load_data(digits(200), 7)
-    np.testing.assert_array_equal(few.sample_index, many.sample_index[:50])
-
-
-def test_more_digits_than_there_are_is_an_error():
-    with pytest.raises(InputError, match=r"data\.n = 2000: the dataset has 1797 examples"):
-        load_data(digits(2000), 0)
-
-
-def test_one_example_cannot_be_normalised():
-    with pytest.raises(InputError, match="all equal"):
-        load_data(digits(1), 0)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_file_is_taken_as_it_is(npz):
     x, y = np.arange(24.0).reshape(4, 2, 3), np.array([1, 2, 3, 4])
     data = load_data(arrays(npz(x=x, y=y)), 0)
@@ -102,24 +46,6 @@ def test_a_file_can_be_drawn_from_and_normalised(npz):
     assert len(set(data.sample_index)) == 20
     centred = x[data.sample_index] - x[data.sample_index].mean(axis=0)
     np.testing.assert_allclose(data.x, centred / np.sqrt(np.mean(centred**2)))
-
-
-@pytest.mark.parametrize(
-    ("y", "labels"),
-    [
-        ([[1], [-1]], True),
-        ([[1], [1]], True),
-        ([[1], [0]], False),
-        ([[1, 0], [0, 1]], True),
-        ([[1, 1], [0, 1]], False),
-        ([[0, 0], [0, 1]], False),
-        ([[0.5, 0.5], [0, 1]], False),
-        ([[2, -1], [0, 1]], False),
-    ],
-    ids=str,
-)
-def test_labels_are_signs_or_one_hot_rows(y, labels):
-    assert is_labels(np.array(y, dtype=float)) is labels
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -229,50 +155,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(data, tmp_path_fact
     assert loaded.x.shape == (20, 2)
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_digest_covers_every_array_its_shape_and_its_dtype():
-    x, y, index = np.arange(6.0).reshape(3, 2), np.ones((3, 1)), np.arange(3)
-    variants = [
-        Data(x, y, index, True),
-        Data(x + 1, y, index, True),
-        Data(x, y + 1, index, True),
-        Data(x, y, index + 1, True),
-        Data(x.reshape(2, 3), y, index, True),
-        Data(x.view(np.int64), y, index, True),
-    ]
-    digests = [variant.digest for variant in variants]
-    assert len(set(digests)) == len(variants)
-    assert all(len(digest) == 32 for digest in digests)
-    assert Data(np.asfortranarray(x), y, index, True).digest == digests[0]
-    assert Data(x.astype(">f8"), y, index, True).digest == digests[0]
-
-
-@pytest.mark.parametrize("name", DATASETS)
-def test_every_dataset_keeps_the_contract(name, npz):
-    options = {"digits": digits(20), "file": arrays(npz(x=X + 1, y=Y))}[name]
-    data = DATASETS[name](options, stream(0, "data"))
-    n = len(data.x)
-    assert data.y.ndim == 2
-    assert len(data.y) == n
-    assert data.sample_index.shape == (n,)
-    assert (data.x.dtype, data.y.dtype, data.sample_index.dtype) == (np.float64, np.float64, np.int64)
-    assert np.isfinite(data.x).all()
-
-
 # --- the rest --------------------------------------------------------------------------------------------------------
-
-
-def test_the_rest_of_the_digits_is_seen_as_the_chosen_ones_are():
-    pixels, digit = load_digits(return_X_y=True)
-    chosen, rest = load_data(digits(100), 3), load_data(digits(100), 3, rest=True)
-    assert sorted([*chosen.sample_index, *rest.sample_index]) == list(range(1797))
-    assert list(rest.sample_index) == sorted(rest.sample_index)
-    known = pixels[chosen.sample_index]
-    mean = known.mean(axis=0)
-    np.testing.assert_allclose(rest.x, (pixels[rest.sample_index] - mean) / (known - mean).std(), atol=1e-12)
-    np.testing.assert_array_equal(rest.y[:, 0] == 1, digit[rest.sample_index] < 5)
 
 
 @pytest.mark.parametrize("normalise", ["none", "global"])
@@ -292,8 +175,6 @@ def test_if_all_were_chosen_there_is_no_rest(npz):
     path = npz(x=np.ones((4, 2)), y=np.ones(4))
     with pytest.raises(InputError, match="all 4 examples were chosen, so none is left: give others"):
         load_data(arrays(path), 0, rest=True)
-    with pytest.raises(InputError, match="all 1797 examples were chosen"):
-        load_data(digits(1797), 0, rest=True)
 
 
 def test_examples_may_come_without_targets(npz):
