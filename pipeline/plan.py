@@ -263,7 +263,8 @@ def _nbytes(
         return itemsize * math.prod(sizes[dim] for dim in variable.dims)
 
     others = [kernel["name"] for kernel in record.kernel_tables()[1:]]
-    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full)) | {"train": list(schema.TRAIN)}
+    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full))
+    names["train"] = [*schema.TRAIN, *schema.GIVEN_BY[run.process]]
     growing = sum(count * sum(map(size, schema.row_variables(group, names[group]))) for group, count in rows.items())
     probe = {name: size(variable) for name, variable in schema.PROBE.items()}
     return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)

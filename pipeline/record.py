@@ -46,7 +46,8 @@ HEARTBEAT_SECONDS = 1.0
 MEMORY_BUDGET = 256 * 2**20
 DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
 GROUPS = (*DEFAULT_CADENCES, "hessian")
-TOLD = tuple(name for name, variable in schema.TRAIN.items() if not variable.volatile)
+EVERY_STEP = schema.TRAIN | schema.OF_PROCESS
+TOLD = tuple(name for name, variable in EVERY_STEP.items() if not variable.volatile)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Recorder:
         ntk_full: record the NTK of all pairs of outputs, `ntk_full`.
         criterion: the loss as a function (prediction, target) -> scalar; needed for a cadence of `hessian`.
         hessian_eigenpairs: leading eigenvalues of the Hessian kept.
-        train: what `record` is told at every step, of `loss`, `accuracy` and `grad_norm`.
+        train: what `record` is told at every step, of `loss`, `accuracy`, `grad_norm`, `oscillation` and
+                `critical`.
         state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
             were at the last commit is in `restored_state` after `with`.
         attrs: further root attributes of the run (title, study, axes, family, loss_convention).
@@ -232,7 +234,7 @@ class Recorder:
                 "parameter_index": sum(tensor.numel() for tensor in parameters.values()),
                 "layer": len(trained),
             },
-            groups=groups | {"train": [name for name in schema.TRAIN if name not in not_told]},
+            groups=groups | {"train": [name for name in EVERY_STEP if name not in not_told]},
             capacity=row_capacity(self._cadences, len(self._levels), self.steps),
             probe=arrays,
             dtype=dtype,

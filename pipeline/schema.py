@@ -13,7 +13,7 @@ Hessian ∂²L/∂θ².
 
 `GROUPS` is what every run has, but for the group `hessian`. A study may ask for more, which `variables_of` describes:
 the parts of the kernel by tensor, all its pairs of outputs, and other kernels, whose variables are those of the NTK
-with the kernel's name in front.
+with the kernel's name in front. A process other than the steps of an update rule has columns of its own in `train`.
 """
 
 from collections.abc import Iterable
@@ -174,6 +174,20 @@ TRAIN = _by_name([
     ),
 ])  # fmt: skip
 
+# What `train` has beside that where a process gives it, and which process gives what.
+OF_PROCESS = _by_name([
+    Variable(
+        "oscillation", ("step",), "float64", "1", "squared oscillation",
+        "‖θ_t - θ*_t‖² of the iterates around their midpoints in the process midpoint, tr Σ in central_flow; "
+        "others have none.",
+    ),
+    Variable(
+        "critical", ("step",), "int64", "1", "critical eigenvalues",
+        "How many eigenvalues of the Hessian are at 2/η, of the process central_flow alone.",
+    ),
+])  # fmt: skip
+GIVEN_BY: dict[str, tuple[str, ...]] = {"discrete": (), "midpoint": ("oscillation",)}
+
 PROBE = _by_name([
     Variable("sample_index", ("sample",), "int64", "1", "example", "Row of the dataset that this example came from."),
     Variable("input", ("sample",), "model", "1", "input", "x, as the network sees it; further dims are feature axes."),
@@ -189,6 +203,9 @@ GROUPS: dict[str, dict[str, Variable]] = {
     "spectra": SPECTRA,
     "train": TRAIN,
 }
+
+# What a group may have beside that, in the order in which it follows in a row's digest.
+MORE = {"snapshots": ON_REQUEST, "train": OF_PROCESS}
 
 # What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
 OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
@@ -223,7 +240,7 @@ def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Va
     if names is None:
         return GROUPS[group]
     wanted = set(names)
-    own = GROUPS[group] | (ON_REQUEST if group == "snapshots" else {})
+    own = GROUPS[group] | MORE.get(group, {})
     found = {name: variable for name, variable in own.items() if name in wanted}
     for kernel in sorted({kernel for name in wanted - own.keys() if (kernel := kernel_of(name))}):
         others = (kernel_variable(kernel, base) for base in OF_A_KERNEL if base in GROUPS[group])

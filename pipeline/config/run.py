@@ -32,13 +32,13 @@ class RunConfig(Table):
     Attributes:
         learning_rate: step size η.
         seed: of data, initialisation and order.
-        process: what moves the parameters; gradient descent in discrete steps.
+        process: what moves the parameters from row to row: the steps of the update rule, or their midpoints.
         axes: value of each grid axis at this point; always has learning_rate and seed.
     """
 
     learning_rate: Positive
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    process: Literal["discrete"] = "discrete"
+    process: Literal["discrete", "midpoint"] = "discrete"
     data: Digits | File
     model: Mlp | Imported
     loss: Mse = Mse()
