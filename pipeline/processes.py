@@ -15,9 +15,10 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from pipeline.gradient import FullBatch, FullGradient
+from pipeline.errors import InputError
+from pipeline.gradient import FullBatch, FullGradient, MiniBatches
 from pipeline.losses import Loss
-from pipeline.optim import State, UpdateRule
+from pipeline.optim import State, UpdateRule, listed, numbered
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Process(ABC):
         """Move the model from the row of `step` to that of `step` + 1."""
 
     @abstractmethod
+    def preconditioner(self) -> Tensor:
+        """The diagonal P (p,) by which the rule's step from this row divides.
+
+        Raises:
+            InputError: if the rule has none.
+        """
+
+    @abstractmethod
     def state(self) -> State:
         """The tensors beside the model's that continue the process from this row."""
 
@@ -83,13 +92,32 @@ class Process(ABC):
         """Go on where `state` was taken; the model has been put there."""
 
 
-@final
-class Discrete(Process):
-    """The steps of the update rule."""
+class _Stepping(Process):
+    """What the processes share that take the steps of the update rule."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._state = problem.rule.init(self.parameters)
+        rule = problem.rule
+        self._batches = MiniBatches(len(problem.x), rule.batch_size, problem.seed) if rule.batch_size else None
+        self._state = rule.init(self.parameters)
+
+    def _step(self, step: int, full: FullGradient | None = None) -> tuple[list[Tensor], State]:
+        """Parameters and state of the rule after the step from θ_t, t = `step`, where the model stands.
+
+        Args:
+            step: t.
+            full: the full gradient there, if it is known.
+        """
+        if self._batches is not None:
+            full = self.batch.gradient(self.parameters, self._batches.examples(step))
+        elif full is None:
+            full = self.batch.gradient(self.parameters)
+        return self.problem.rule.step(self.parameters, full.gradients, self._state, self.problem.learning_rate)
+
+
+@final
+class Discrete(_Stepping):
+    """The steps of the update rule."""
 
     def row(self) -> Row:
         """The iterate θ_t."""
@@ -98,10 +126,14 @@ class Discrete(Process):
 
     def advance(self, step: int) -> None:
         """θ_{t+1} from θ_t."""
-        moved, self._state = self.problem.rule.step(
-            self.parameters, self._here.gradients, self._state, self.problem.learning_rate
-        )
+        moved, self._state = self._step(step, self._here)
         put(self.parameters, moved)
+
+    def preconditioner(self) -> Tensor:
+        """That of the step which the rule is about to take."""
+        rule = self.problem.rule
+        _, after = rule.step(self.parameters, self._here.gradients, self._state, self.problem.learning_rate)
+        return _flat(rule.preconditioner(after))
 
     def state(self) -> State:
         """That of the rule."""
@@ -113,7 +145,7 @@ class Discrete(Process):
 
 
 @final
-class Midpoint(Process):
+class Midpoint(_Stepping):
     """The iterates of the update rule, averaged so that an oscillation of period two cancels.
 
     The iterates are those of the process `discrete`, computed again beside the rows. The first row has no iterate
@@ -124,9 +156,8 @@ class Midpoint(Process):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._state = problem.rule.init(self.parameters)
         self._iterate = [tensor.detach().clone() for tensor in self.parameters]  # θ_t
-        self._following = self._after(0)  # θ_{t+1}
+        self._following, self._state = self._step(0)  # θ_{t+1}
 
     def row(self) -> Row:
         """The midpoint θ*_t."""
@@ -136,27 +167,22 @@ class Midpoint(Process):
         """θ*_{t+1} from θ_t, θ_{t+1} and the step after them."""
         before, self._iterate = self._iterate, self._following
         put(self.parameters, self._iterate)
-        self._following = self._after(step + 1)
-        put(
-            self.parameters,
-            [(a + 2 * b + c) / 4 for a, b, c in zip(before, self._iterate, self._following, strict=True)],
-        )
+        self._following, self._state = self._step(step + 1)
+        three = zip(before, self._iterate, self._following, strict=True)
+        put(self.parameters, [(a + 2 * b + c) / 4 for a, b, c in three])
+
+    def preconditioner(self) -> Tensor:
+        """That of the step from θ_t to θ_{t+1}."""
+        return _flat(self.problem.rule.preconditioner(self._state))
 
     def state(self) -> State:
         """The rule's, and the iterates θ_t and θ_{t+1}."""
-        return self._state | _numbered("iterate", self._iterate) | _numbered("following", self._following)
+        return self._state | numbered("iterate", self._iterate) | numbered("following", self._following)
 
     def restore(self, state: State) -> None:
         """All that `state` gives."""
+        self._iterate, self._following = listed("iterate", state), listed("following", state)
         self._state = {name: state[name] for name in self._state}
-        self._iterate, self._following = ([state[f"{name}.{i}"] for i in range(len(self.parameters))]
-                                          for name in ("iterate", "following"))  # fmt: skip
-
-    def _after(self, step: int) -> list[Tensor]:
-        """θ_{t+1} from the iterate θ_t, t = `step`, at which the model stands."""
-        gradients = self.batch.gradient(self.parameters).gradients
-        moved, self._state = self.problem.rule.step(self.parameters, gradients, self._state, self.problem.learning_rate)
-        return moved
 
     def _oscillation(self) -> float:
         pairs = zip(self._iterate, self.parameters, strict=True)
@@ -170,8 +196,11 @@ def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _numbered(name: str, tensors: Sequence[Tensor]) -> State:
-    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors)}
+def _flat(tensors: Sequence[Tensor] | None) -> Tensor:
+    """Tensors as one vector, in the order of the parameters."""
+    if tensors is None:
+        raise InputError("the update rule has no preconditioner")
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 PROCESSES: Mapping[str, type[Process]] = {"discrete": Discrete, "midpoint": Midpoint}

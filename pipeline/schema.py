@@ -8,8 +8,8 @@ Letters of the dimensions, the same in code, docstrings and stores:
     m  training examples beside another probe    `train_sample`
 
 Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent
-kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L = (1/2n) ‖f - y‖² the loss and H its
-Hessian ∂²L/∂θ².
+kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L the loss, (1/2n) ‖f - y‖² unless the
+study says otherwise, and H its Hessian ∂²L/∂θ².
 
 `GROUPS` is what every run has, but for the group `hessian`. A study may ask for more, which `variables_of` describes:
 the parts of the kernel by tensor, all its pairs of outputs, and other kernels, whose variables are those of the NTK
@@ -74,7 +74,8 @@ DIGEST = Variable(
 SCALARS = _by_name([
     Variable(
         "ntk_sharpness", ("step",), "float64", "1", "NTK sharpness",
-        "λ₁/n, the top eigenvalue of the full nc x nc kernel over n; the line of gradient descent is 2/η.",
+        "λ₁/n, the top eigenvalue of the full nc x nc kernel over n. For L = (1/2n) ‖f - y‖² it is the sharpness but "
+        "for the curvature of f, and the line of gradient descent is 2/η.",
     ),
     Variable("frobenius_norm", ("step",), "float64", "1", "Frobenius norm of the NTK", "‖K‖_F."),
     Variable("trace", ("step",), "float64", "1", "trace of the NTK", "tr K."),
@@ -152,6 +153,15 @@ HESSIAN = _by_name([
     ),
 ])  # fmt: skip
 
+# What `hessian` has beside that where the update rule has a preconditioner.
+PRECONDITIONED = _by_name([
+    Variable(
+        "preconditioned_sharpness", ("step",), "float64", "1", "preconditioned sharpness",
+        "The largest eigenvalue of P^(-1/2) H P^(-1/2), P the diagonal by which the step from here divides; its line "
+        "is the run's attribute `preconditioned_stability_line`.",
+    ),
+])  # fmt: skip
+
 TRAIN = _by_name([
     Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step."),
     Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right."),
@@ -205,7 +215,7 @@ GROUPS: dict[str, dict[str, Variable]] = {
 }
 
 # What a group may have beside that, in the order in which it follows in a row's digest.
-MORE = {"snapshots": ON_REQUEST, "train": OF_PROCESS}
+MORE = {"hessian": PRECONDITIONED, "snapshots": ON_REQUEST, "train": OF_PROCESS}
 
 # What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
 OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
@@ -248,17 +258,21 @@ def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Va
     return found
 
 
-def recorded(kernels: Iterable[str] = (), layers: bool = False, full: bool = False) -> dict[str, list[str]]:
+def recorded(
+    kernels: Iterable[str] = (), layers: bool = False, full: bool = False, preconditioned: bool = False
+) -> dict[str, list[str]]:
     """The variables of each group whose rows come from kernels, for a study that asks for more than `GROUPS`.
 
     Args:
         kernels: names of the kernels beside the NTK.
         layers: the parts of the NTK by tensor.
         full: the NTK of all pairs of outputs.
+        preconditioned: the sharpness of the preconditioned Hessian.
     """
     more = {"ntk_layer": layers, "ntk_full": full}
     names = {group: list(GROUPS[group]) for group in ("hessian", "scalars", "snapshots", "spectra")}
     names["snapshots"] += [name for name, asked in more.items() if asked]
+    names["hessian"] += [name for name in PRECONDITIONED if preconditioned]
     for group in ("scalars", "snapshots", "spectra"):
         names[group] += [f"{kernel}_{base}" for kernel in kernels for base in OF_A_KERNEL if base in GROUPS[group]]
     return names

@@ -18,7 +18,7 @@ from pipeline import schema
 from pipeline.config import File, RunConfig
 from pipeline.data import load_data
 from pipeline.errors import InputError
-from pipeline.losses import LOSSES, accuracy
+from pipeline.losses import LOSSES, OF_LABELS, accuracy
 from pipeline.models import build_model
 from pipeline.optim import UPDATES
 from pipeline.processes import PROCESSES, Problem
@@ -53,7 +53,12 @@ def train(
         x = torch.as_tensor(data.x, dtype=dtype, device=device)
         y = torch.as_tensor(data.y, dtype=dtype, device=device)
         model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
-        criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
+        if run.loss.name in OF_LABELS and not data.labels:
+            raise InputError(f"loss.name = {run.loss.name!r}: the targets must be labels, -1 and +1 or one-hot")
+        criterion = LOSSES[run.loss.name]
+        rule = UPDATES[run.update.name](**run.update.model_dump(exclude={"name"}))
+        line = rule.stability_line(run.learning_rate)
+        preconditioned = run.update.preconditioned
         process = PROCESSES[run.process](Problem(model, criterion, x, y, rule, run.learning_rate, run.seed))
         recorder = Recorder(
             root,
@@ -74,12 +79,14 @@ def train(
             hessian_eigenpairs=run.record.hessian_eigenpairs or 1,
             train=["loss", *(["accuracy"] if data.labels else []), "grad_norm", *schema.GIVEN_BY[run.process]],
             state=process.state,
+            preconditioner=process.preconditioner if preconditioned else None,
             attrs={
                 "axes": run.axes,
                 "family": run.family,
                 "loss_convention": (inspect.getdoc(criterion) or run.loss.name).splitlines()[0],
                 "stop": run.stop.model_dump(exclude_none=True),
-                "stability_line": rule.stability_line(run.learning_rate),
+                "stability_line": None if preconditioned else line,
+                **({"preconditioned_stability_line": line} if preconditioned else {}),
                 **({"data_file": run.data.file} if isinstance(run.data, File) else {}),
                 **(attrs or {}),
             },

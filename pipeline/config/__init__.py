@@ -26,10 +26,10 @@ from pipeline.config.study import (
     shipped,
     studies_dir,
 )
-from pipeline.config.training import Compute, GradientDescent, Mse, Stop
+from pipeline.config.training import Compute, GradientDescent, Mse, StochasticGradientDescent, Stop
 
 __all__ = [
     "KERNELS", "KINDS", "MAX_BYTES", "TABLES", "CadenceTable", "Compute", "Digits", "File", "GradientDescent",
-    "Heading", "Imported", "Mlp", "Mse", "Record", "RunConfig", "Stop", "Study", "check_imports_allowed", "config_of",
-    "kernel_table", "load_study", "needs_import", "shipped", "studies_dir",
+    "Heading", "Imported", "Mlp", "Mse", "Record", "RunConfig", "StochasticGradientDescent", "Stop", "Study",
+    "check_imports_allowed", "config_of", "kernel_table", "load_study", "needs_import", "shipped", "studies_dir",
 ]  # fmt: skip

@@ -13,7 +13,18 @@ from pipeline.config.data import Digits, File
 from pipeline.config.models import Imported, Mlp
 from pipeline.config.record import Record
 from pipeline.config.tables import Name, Positive, Table, listed
-from pipeline.config.training import Compute, GradientDescent, Mse, Stop
+from pipeline.config.training import (
+    Adam,
+    Compute,
+    CrossEntropy,
+    GradientDescent,
+    HeavyBall,
+    Mse,
+    Nesterov,
+    RmsProp,
+    StochasticGradientDescent,
+    Stop,
+)
 
 MAX_ID = 80
 
@@ -41,8 +52,8 @@ class RunConfig(Table):
     process: Literal["discrete", "midpoint"] = "discrete"
     data: Digits | File
     model: Mlp | Imported
-    loss: Mse = Mse()
-    update: GradientDescent = GradientDescent()
+    loss: Mse | CrossEntropy = Mse()
+    update: GradientDescent | StochasticGradientDescent | HeavyBall | Nesterov | RmsProp | Adam = GradientDescent()
     stop: Stop
     record: Record = Record()
     compute: Compute = Compute()
