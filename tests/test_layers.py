@@ -23,7 +23,7 @@ LAYERS = {
         "config verify",
         "data models losses",
         "kernels operators spectra optim gradient",
-        "measure",
+        "measure processes",
         "record",
         "train",
         "plan sweep replay",
@@ -47,7 +47,7 @@ LAYERS = {
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
 # These know no store and no study file.
-PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
+PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli", "images"}

@@ -29,7 +29,7 @@ from pipeline.config.study import (
     sizes_of,
     studies_dir,
 )
-from pipeline.config.training import Compute, GradientDescent, Mse, Stop
+from pipeline.config.training import Compute, GradientDescent, Mse, StochasticGradientDescent, Stop
 
 __all__ = [
     "KERNELS",
@@ -55,6 +55,7 @@ __all__ = [
     "Record",
     "Resnet",
     "RunConfig",
+    "StochasticGradientDescent",
     "Stop",
     "Study",
     "TwoLayerLinear",

@@ -13,7 +13,18 @@ from pipeline.config.data import Chebyshev, Cifar10, Digits, File, OneOutlier, P
 from pipeline.config.models import Cnn, DeepLinear, Imported, Mlp, Resnet, TwoLayerLinear, Vit
 from pipeline.config.record import Record
 from pipeline.config.tables import Name, Positive, Table, listed
-from pipeline.config.training import Compute, GradientDescent, Mse, Stop
+from pipeline.config.training import (
+    Adam,
+    Compute,
+    CrossEntropy,
+    GradientDescent,
+    HeavyBall,
+    Mse,
+    Nesterov,
+    RmsProp,
+    StochasticGradientDescent,
+    Stop,
+)
 
 MAX_ID = 80
 
@@ -33,17 +44,17 @@ class RunConfig(Table):
     Attributes:
         learning_rate: step size η.
         seed: of data, initialisation and order.
-        process: what moves the parameters; gradient descent in discrete steps.
+        process: what moves the parameters from row to row: the steps of the update rule, or their midpoints.
         axes: value of each grid axis at this point; always has learning_rate and seed.
     """
 
     learning_rate: Positive
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    process: Literal["discrete"] = "discrete"
     model: Mlp | TwoLayerLinear | DeepLinear | Cnn | Vit | Resnet | Imported
     data: Digits | Cifar10 | Chebyshev | WhitenedLinear | OneOutlier | Patterns1d | File
-    loss: Mse = Mse()
-    update: GradientDescent = GradientDescent()
+    process: Literal["discrete", "midpoint"] = "discrete"
+    loss: Mse | CrossEntropy = Mse()
+    update: GradientDescent | StochasticGradientDescent | HeavyBall | Nesterov | RmsProp | Adam = GradientDescent()
     stop: Stop
     record: Record = Record()
     compute: Compute = Compute()

@@ -1,6 +1,6 @@
 """[loss], [update], [stop] and [compute]: how a run is trained, when it ends, on what it is computed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,10 +13,70 @@ class Mse(Table):
     name: Literal["mse"] = "mse"
 
 
-class GradientDescent(Table):
+class CrossEntropy(Table):
+    """L = -(1/n) Σ y log softmax(f) of one-hot labels; (1/n) Σ log(1 + exp(-y f)) of one output and labels ±1."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Update(Table):
+    """What the update rules share.
+
+    Attributes:
+        preconditioned: whether the rule divides by a diagonal P, so that its stability line is that of P^(-1/2) H
+            P^(-1/2).
+    """
+
+    preconditioned: ClassVar[bool] = False
+
+
+class GradientDescent(Update):
     """θ <- θ - η ∇L(θ), on all examples."""
 
     name: Literal["gd"] = "gd"
+
+
+class StochasticGradientDescent(Update):
+    """θ <- θ - η ∇L_B(θ), on `batch_size` examples B that are drawn anew, without replacement in each epoch."""
+
+    name: Literal["sgd"] = "sgd"
+    batch_size: Count
+
+
+class HeavyBall(Update):
+    """Polyak's momentum: m <- β m + ∇L(θ), θ <- θ - η m."""
+
+    name: Literal["heavy_ball"] = "heavy_ball"
+    momentum: Fraction = 0.9
+
+
+class Nesterov(Update):
+    """Nesterov's momentum: m <- β m + ∇L(θ), θ <- θ - η (∇L(θ) + β m)."""
+
+    name: Literal["nesterov"] = "nesterov"
+    momentum: Fraction = 0.9
+
+
+class RmsProp(Update):
+    """v <- β₂ v + (1 - β₂) ∇L(θ)², θ <- θ - η ∇L(θ) / (√v + ε)."""
+
+    preconditioned: ClassVar[bool] = True
+    name: Literal["rmsprop"] = "rmsprop"
+    beta2: Fraction = 0.99
+    epsilon: Positive = 1e-8
+
+
+class Adam(Update):
+    """θ <- θ - η m̂ / (√v̂ + ε), with m̂ and v̂ the moving averages of ∇L(θ) and ∇L(θ)² without their bias."""
+
+    preconditioned: ClassVar[bool] = True
+    name: Literal["adam"] = "adam"
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Positive = 1e-8
 
 
 class Stop(Table):

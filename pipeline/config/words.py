@@ -20,6 +20,7 @@ RULES = {
     "finite_number": "must be a finite number",
     "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt:g}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be one of {expected}",
 }

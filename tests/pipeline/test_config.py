@@ -275,7 +275,7 @@ SAID = [
     ("seed=1.0", "--set seed = 1.0: must be a whole number"),
     ("seed=4294967296", "--set seed = 4294967296: must be at most 4294967295"),
     ("seed=99999999999999999999", "--set seed: the number has more than 64 bits"),
-    ("process=midpoint", '--set process = "midpoint": must be one of discrete'),
+    ("process=adiabatic", '--set process = "adiabatic": must be one of discrete, midpoint'),
     ("paper=os.path", '--set paper = "os.path": must be a name of letters, digits and underscores'),
     ("claims=['a b']", '--set claims[0] = "a b": must be names of letters, digits and underscores'),
     ("claims=one", '--set claims = "one": must be a list'),
