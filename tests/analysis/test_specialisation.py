@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from analysis.specialisation import specialisation
 
-shapes = st.fixed_dictionaries({"n": st.integers(2, 6), "c": st.integers(2, 4), "seed": st.integers(0, 2**31)})
+shapes = st.fixed_dictionaries({"n": st.integers(2, 5), "c": st.integers(2, 3), "seed": st.integers(0, 2**31)})
 
 
 def outputs(n, c, seed, rows=2):
@@ -37,7 +37,7 @@ def aligned(kernel, y):
     return found
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(shapes)
 def test_it_agrees_with_loops(shape):
     ds = outputs(**shape)
@@ -61,7 +61,7 @@ def test_kernels_made_of_their_own_target_are_specialised():
     np.testing.assert_allclose(result.class_alignment[0].values.diagonal(), 4.5 / np.sqrt(4.5**2 + 3 * 0.5**2))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(shapes)
 def test_scales_of_outputs_and_the_order_of_examples_do_not_matter(shape):
     ds = outputs(**shape)
