@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import evolution
-from analysis.tables import LEADING
+from analysis.tables import LEADING, at
 from pipeline.disk import Directory
 from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import Run, find_run, list_runs
@@ -43,6 +43,7 @@ class Measure:
             have the same variable at the same step, the first one counts.
         groups: the run needs a row in one of these.
         version: to be raised when the numbers change.
+        applies: whether there is such a result of the run; it is computed of every run by default.
         parameters: further things that the numbers depend on.
     """
 
@@ -50,6 +51,7 @@ class Measure:
     groups: tuple[str, ...]
     version: int
     parameters: Any = None
+    applies: Callable[[Run], bool] = lambda run: True
 
 
 def _alignment(run: Run) -> "list[xr.Dataset]":
@@ -96,11 +98,30 @@ def _evolution(run: Run) -> "list[xr.Dataset]":
     return [_by_step(ds, columns) for ds, columns in evolution.evolution(run)]
 
 
+def _is_linear(run: Run) -> bool:
+    """Whether the theory of two-layer linear networks speaks of the run."""
+    model = at(run.attrs["identity"], "model", "name")
+    return model == "two_layer_linear" and run.node("probe/target")["shape"][1] == 1
+
+
+def _linear(run: Run) -> "list[xr.Dataset]":
+    """The theory of two-layer linear networks, at the snapshots."""
+    import xarray as xr
+
+    from analysis.linear import two_layer_linear
+    from analysis.load import open_runs
+
+    ds, x = open_runs([run], "snapshots"), run.read("probe/input")
+    inputs = xr.DataArray(x, dims=("sample", *(f"feature{i}" for i in range(1, x.ndim))))
+    return [_by_step(ds, two_layer_linear(ds, inputs).data_vars)]
+
+
 MEASURES = {
     "alignment": Measure(_alignment, ("scalars", "spectra", "snapshots"), 1, LEADING),
     "modes": Measure(_modes, ("snapshots",), 1),
     "phases": Measure(_phases, ("scalars",), 1),
     "evolution": Measure(_evolution, ("scalars", "spectra", "snapshots"), 1, (LEADING, *evolution.MEASURES)),
+    "linear": Measure(_linear, ("snapshots",), 1, applies=_is_linear),
 }
 
 
@@ -251,7 +272,8 @@ def _known(measure: str) -> None:
 
 
 def _has_input(measure: str, run: Run) -> bool:
-    return any(run.lengths.get(group) for group in MEASURES[measure].groups)
+    one = MEASURES[measure]
+    return one.applies(run) and any(run.lengths.get(group) for group in one.groups)
 
 
 def _files(root: str | os.PathLike[str], measure: str) -> list[Path]:

@@ -4,11 +4,11 @@
 `plot_modes` and `plot_edge` are pure functions of frames, for numbers from elsewhere.
 """
 
-from analysis.plots.drawing import plot_edge, plot_kta, plot_modes
-from analysis.plots.figures import FIGURES, Drawing, draw_edge, draw_figures, draw_kta, draw_modes
+from analysis.plots.drawing import plot_columns, plot_edge, plot_kta, plot_modes, plot_series
+from analysis.plots.figures import FIGURES, Drawing, columns, draw_edge, draw_figures, draw_kta, draw_modes, series
 from analysis.plots.files import render, save
 
 __all__ = [
-    "FIGURES", "Drawing", "draw_edge", "draw_figures", "draw_kta", "draw_modes", "plot_edge", "plot_kta", "plot_modes",
-    "render", "save",
+    "FIGURES", "Drawing", "columns", "draw_edge", "draw_figures", "draw_kta", "draw_modes", "plot_columns", "plot_edge",
+    "plot_kta", "plot_modes", "plot_series", "render", "save", "series",
 ]  # fmt: skip

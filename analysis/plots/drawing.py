@@ -2,7 +2,7 @@
 
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,14 @@ EM = 0.5  # mean width of a character of such text, in font sizes
 LABEL_WIDTH = 28  # characters of a line of a label
 PATTERNS = 3  # of dashes
 MOST_LINES = 12  # more can neither be told apart nor named beside the axes
+
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), "-.")
+NAMES = {
+    "kta": "training", "kta_closed_form": "closed form at the measured s", "squared_length": "measured",
+    "squared_length_predicted": "root of S(s) = 2/η", "kta_test": "held out", "c5": "training", "c5_test": "held out",
+    "test_error_rate": "network", "regression_error_rate": "regression with the kernel", "sharpness": "measured",
+    "line": "2/η",
+}  # fmt: skip
 
 # `plot_edge` shades stretches of falling sharpness of at least so many rows, and bridges gaps shorter than that.
 SHORTEST = 3
@@ -188,6 +196,80 @@ def plot_edge(rows: pd.DataFrame, title: str, setting: str = "") -> Figure:
         handles.append(Patch(color=SHADE, label="sharpness falls"))
     _legend(figure, "upper", handles=handles)
     _head(figure, upper, title, setting)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_columns(rows: pd.DataFrame, panels: Mapping[str, Sequence[str]], title: str, setting: str = "") -> Figure:
+    """Numbers of runs over the learning rate, one panel for each: a mark per run, a line through the means over seeds.
+
+    Args:
+        rows: one per run: learning_rate and the columns of the panels.
+        panels: label of the vertical axis -> columns to draw there, the first in colour, further ones in grey; the
+            legend names them.
+        title: what is shown.
+        setting: what was trained, for the small print above the axes.
+    """
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.1 * columns, 2.9 * lines + 0.6))
+    grid = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    several = any(len(names) > 1 for names in panels.values())
+    for axes, (label, names) in zip(grid, panels.items(), strict=False):
+        for i, name in enumerate(names):
+            colour = (BLUE, VERMILION, GREY)[i % 3]
+            known = rows.dropna(subset=name)
+            mean = known.groupby("learning_rate")[name].mean()
+            axes.plot(
+                mean.index, mean, color=colour, linestyle="-" if i == 0 else "--", zorder=2, label=NAMES.get(name, name)
+            )
+            marker = {"color": colour} if i else {"color": colour, "facecolors": "none"}
+            axes.scatter(
+                known["learning_rate"], known[name], s=22, marker="ox+"[i % 3], zorder=3, linewidths=1, **marker
+            )
+        axes.set_xscale("log")
+        rates = sorted(rows["learning_rate"].unique())
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 5 else 0)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        axes.set(xlabel="learning rate η", ylabel=label)
+        if several and len(names) > 1:
+            axes.legend()
+    _head(figure, grid[0], title, setting, grid[min(columns, len(panels)) - 1])
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_series(rows: pd.DataFrame, panels: Mapping[str, str], title: str, setting: str = "") -> Figure:
+    """Numbers of a few runs over the steps, one panel for each below one another, a line per run.
+
+    Args:
+        rows: label (of the line), step, and the columns of the panels, in order of step; NaN where a line has none.
+        panels: label of the vertical axis -> column; a column that ends in `_log` is drawn on a logarithmic axis.
+        title: what is shown.
+        setting: what was trained, for the small print above the axes.
+    """
+    figure = Figure(figsize=(8.4, 1.9 * len(panels) + 0.8))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False).ravel()
+    order = list(dict.fromkeys(rows["label"]))
+    palette = dict(zip(order, (BLUE, VERMILION, "#009E73", "#CC79A7", GREY), strict=False))
+    for axes, (label, name) in zip(grid, panels.items(), strict=True):
+        for line, colour in palette.items():
+            own = rows[rows["label"] == line].dropna(subset=name)
+            dash = DASHES[order.index(line) % len(DASHES)]
+            axes.plot(own["step"], own[name], color=colour, linewidth=1.1, linestyle=dash, label=line)
+        if name.endswith("_log"):
+            axes.set_yscale("log")
+        axes.set(ylabel=label)
+    grid[-1].set(xlabel="step")
+    handles = [
+        Line2D([], [], color=palette[line], linestyle=DASHES[i % len(DASHES)], label=line)
+        for i, line in enumerate(order)
+    ]
+    _legend(figure, "upper", handles=handles)
+    _head(figure, grid[0], title, setting)
     return figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from analysis import catalog, results
 from analysis.load import shared_level
 from analysis.plots import numbers
-from analysis.plots.drawing import SETTLED, SHORTEST, plot_edge, plot_kta, plot_modes
+from analysis.plots.drawing import SETTLED, SHORTEST, plot_columns, plot_edge, plot_kta, plot_modes, plot_series
 from analysis.plots.files import save
 from analysis.plots.numbers import Root
 from pipeline.errors import InputError, MissingError, NtkEosError
@@ -119,6 +119,38 @@ def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
 def edge_sql(root: Root, x: str) -> str:
     """The query behind `draw_edge`."""
     return numbers.edge_sql(root, numbers.edge_run(root))
+
+
+def columns(name: str, title: str, caption: str, sql: str, panels: Mapping[str, Sequence[str]]) -> Drawing:
+    """A figure of numbers of runs over the learning rate, from a query of a claim.
+
+    Args:
+        name: as the command takes it.
+        title: a few words.
+        caption: how to read it.
+        sql: as in `analysis.claims.Claim`: one row per run.
+        panels: label of the vertical axis -> columns, as `plot_columns` takes them.
+    """
+
+    def draw(root: Root, x: str) -> Figure:
+        rows = numbers.frame(root, numbers.of_store(root, sql))
+        if rows.empty:
+            raise MissingError("no run has the numbers that it shows")
+        return plot_columns(rows, panels, title, numbers.setting(list_runs(root)))
+
+    return Drawing(name, title, caption, ("learning rate",), lambda root, x: numbers.of_store(root, sql), draw)
+
+
+def series(name: str, title: str, caption: str, sql: str, panels: Mapping[str, str]) -> Drawing:
+    """A figure of numbers over the steps, a line per `label` of the query, else as `columns`."""
+
+    def draw(root: Root, x: str) -> Figure:
+        rows = numbers.frame(root, numbers.of_store(root, sql))
+        if rows.empty:
+            raise MissingError("no run has the numbers that it shows")
+        return plot_series(rows, panels, title, numbers.setting(list_runs(root)))
+
+    return Drawing(name, title, caption, ("step",), lambda root, x: numbers.of_store(root, sql), draw)
 
 
 FIGURES = {

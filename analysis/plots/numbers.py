@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from analysis import catalog
+from analysis.load import shared_level
 from pipeline.errors import MissingError
-from pipeline.store import Run
+from pipeline.store import Run, list_runs
 
 Root = str | os.PathLike[str]
 
@@ -103,6 +104,12 @@ def frame(root: Root, sql: str) -> pd.DataFrame:
     """Rows of a query on the catalogue as it is."""
     table = catalog.query(root, sql, sync=False)
     return pd.DataFrame(table.rows, columns=table.columns)
+
+
+def of_store(root: Root, sql: str) -> str:
+    """The query of a claim for all runs of a store, at the loss level that they share where it asks for one."""
+    sql = sql.replace("study = {study}", "true")
+    return sql.replace("{level}", repr(shared_level(list_runs(root), root))) if "{level}" in sql else sql
 
 
 def lines(root: Root) -> pd.DataFrame:

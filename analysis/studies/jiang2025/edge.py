@@ -1,21 +1,10 @@
-"""Jiang, Cohen, Li 2025 (arXiv 2507.12837): how the neural tangent kernel evolves at the Edge of Stability.
-
-Gradient descent with step size η drives the top NTK eigenvalue over n up to 2/η and keeps it there. Larger η holds it
-lower, and at equal loss the kernel that comes out is more aligned with the target: KTA and the share of the target
-in the leading eigenvectors rise. The gain comes while the sharpness falls.
-
-The paper's text was not at hand when this was written, only its abstract, the caption of its first figure and what
-others wrote of it; settings, rules and thresholds here are this project's own.
-"""
-
-from dataclasses import replace
+"""Kernels at matched loss, per learning rate, and what happens while the sharpness falls."""
 
 import pandas as pd
 
-from analysis import plots
-from analysis.claims import MIN_SEEDS, Claim, Verdict, spread, too_few
-
-SOURCE = "Jiang, Cohen, Li 2025 (arXiv 2507.12837)"
+from analysis.claims import MIN_SEEDS, Claim, Verdict, interval, spread, too_few
+from analysis.studies.jiang2025.gains import above, by_rate, gain_in, gain_rule, trend_rule, trends
+from analysis.studies.jiang2025.source import PAPER
 
 AGREEMENT = 0.01
 MEAN_GAIN_C5 = 0.25
@@ -31,7 +20,7 @@ with matched as (
   select run_id, max(ntk_sharpness) > any_value(2 / learning_rate) as crossed
   from alignment join runs using (run_id) group by run_id
 )
-select learning_rate, seed, crossed, kta, c5, ntk_sharpness
+select learning_rate, seed, crossed, kta, kta_centred, c1, c3, c5, c10, c20, ntk_sharpness
 from matched join alignment using (run_id, step) join runs using (run_id) join edge using (run_id)
 where status = 'complete' and study = {study}
 order by learning_rate, seed
@@ -41,6 +30,35 @@ PHASES = """
 select learning_rate, seed, crossed, kta_gain_falling, kta_gain_rising, steps_falling, steps_rising
 from phase_changes join runs using (run_id)
 where status = 'complete' and study = {study}
+order by learning_rate, seed
+""".strip()
+
+# Two-step changes, each meaned over five of them, after the crossing.
+CHANGES = """
+with smooth as (
+  select run_id, step, phase, avg(sharpness_change) over near as sharpness_change,
+         avg(kta_change) over near as kta_change
+  from phases
+  window near as (partition by run_id order by step rows between 2 preceding and 2 following)
+)
+select learning_rate, seed, any_value(crossed) as crossed, corr(sharpness_change, kta_change) as correlation,
+       count(*) as steps
+from smooth join runs using (run_id) join phase_changes using (run_id)
+where status = 'complete' and study = {study} and phase in ('eos_rising', 'eos_falling')
+  and sharpness_change is not null and kta_change is not null
+group by run_id, learning_rate, seed
+order by learning_rate, seed
+""".strip()
+
+LATE = """
+with late as (
+  select run_id, step, sharpness, line from phases
+  qualify step >= 0.9 * max(step) over (partition by run_id)
+)
+select learning_rate, seed, avg(sharpness / line) as ratio, bool_or(crossed) as crossed
+from late join runs using (run_id) join phase_changes using (run_id)
+where status = 'complete' and study = {study}
+group by run_id, learning_rate, seed
 order by learning_rate, seed
 """.strip()
 
@@ -57,25 +75,16 @@ order by learning_rate, seed
 """.strip()
 
 
-def _by_rate(frame: pd.DataFrame, column: str) -> str:
-    return ", ".join(f"{rate:g}: {spread(group[column])}" for rate, group in frame.groupby("learning_rate"))
-
-
-def _above(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the learning rates above the edge: the sharpness crossed 2/η in every seed."""
-    return frame[frame.groupby("learning_rate")["crossed"].transform("all")]
-
-
 def kta_rises(frame: pd.DataFrame) -> Verdict:
     """Means over seeds of KTA at matched loss increase with the learning rate, above the edge."""
-    above = _above(frame)
-    means = above.groupby("learning_rate")["kta"].mean()
+    edge = above(frame)
+    means = edge.groupby("learning_rate")["kta"].mean()
     if len(means) < 2:
-        return Verdict("underpowered", "fewer than two learning rates above the edge", len(above))
-    if reason := too_few(above):
-        return Verdict("underpowered", reason, len(above))
+        return Verdict("underpowered", "fewer than two learning rates above the edge", len(edge))
+    if reason := too_few(edge):
+        return Verdict("underpowered", reason, len(edge))
     return Verdict("passed" if means.is_monotonic_increasing and means.is_unique else "failed",
-                   f"mean KTA at {_by_rate(above, 'kta')}", len(above))  # fmt: skip
+                   f"mean KTA at {by_rate(edge, 'kta')}", len(edge))  # fmt: skip
 
 
 def below_the_edge_agree(frame: pd.DataFrame) -> Verdict:
@@ -110,11 +119,11 @@ def returns_to_the_line(frame: pd.DataFrame) -> Verdict:
     """Runs above the edge end near their line, where the smallest learning rate stands far above it."""
     if reason := too_few(frame):
         return Verdict("underpowered", reason, len(frame))
-    above = _above(frame)
+    edge = above(frame)
     held = sorted(rate for rate in frame["learning_rate"].unique() if rate >= HELD_DOWN)
-    if above.empty or not held:
+    if edge.empty or not held:
         return Verdict("underpowered", f"no learning rate above the edge, or none from {HELD_DOWN:g} on", len(frame))
-    ratio = above["final_sharpness_mean"] * above["learning_rate"] / 2
+    ratio = edge["final_sharpness_mean"] * edge["learning_rate"] / 2
     smallest = frame[frame["learning_rate"] == frame["learning_rate"].min()]["matched_sharpness"]
     passed = (ratio <= ABOVE_LINE).all() and smallest.min() > 2 / held[0]
     value = (
@@ -126,15 +135,33 @@ def returns_to_the_line(frame: pd.DataFrame) -> Verdict:
 
 def gains_while_falling(frame: pd.DataFrame) -> Verdict:
     """Mean over seeds of the KTA change per step is larger on falling than on rising steps, at each learning rate."""
-    above = _above(frame)
-    if reason := too_few(above) or _without_steps(above):
-        return Verdict("underpowered", reason, len(above))
-    difference = (above["kta_gain_falling"] - above["kta_gain_rising"]).groupby(above["learning_rate"]).mean()
+    edge = above(frame)
+    if reason := too_few(edge) or _without_steps(edge):
+        return Verdict("underpowered", reason, len(edge))
+    difference = (edge["kta_gain_falling"] - edge["kta_gain_rising"]).groupby(edge["learning_rate"]).mean()
     value = "; ".join(
         f"{rate:g}: {group['kta_gain_falling'].mean():+.1e} falling, {group['kta_gain_rising'].mean():+.1e} rising"
-        for rate, group in above.groupby("learning_rate")
+        for rate, group in edge.groupby("learning_rate")
     )
-    return Verdict("passed" if (difference > 0).all() else "failed", f"KTA per step at {value}", len(above))
+    return Verdict("passed" if (difference > 0).all() else "failed", f"KTA per step at {value}", len(edge))
+
+
+def changes_oppose(frame: pd.DataFrame) -> Verdict:
+    """The correlation of the changes of sharpness and KTA is negative, in the mean over runs above the edge."""
+    runs = above(frame).dropna(subset="correlation")
+    if reason := too_few(runs):
+        return Verdict("underpowered", reason, len(runs))
+    low, high = interval(runs["correlation"])
+    value = f"correlation {by_rate(runs, 'correlation')}; mean of all runs in {low:.2f} to {high:.2f} (95 %)"
+    return Verdict("passed" if high < 0 else "failed", value, len(runs))
+
+
+def stays_below(frame: pd.DataFrame) -> Verdict:
+    """The mean sharpness of the last tenth of every run lies below 2/η."""
+    if reason := too_few(frame):
+        return Verdict("underpowered", reason, len(frame))
+    value = f"sharpness over 2/η at {by_rate(frame, 'ratio')}; largest {frame['ratio'].max():.3f}"
+    return Verdict("passed" if frame["ratio"].max() < 1 else "failed", value, len(frame))
 
 
 def _without_steps(frame: pd.DataFrame) -> str | None:
@@ -155,21 +182,21 @@ CLAIMS = {
             "At equal loss the final NTK is more aligned with the target the larger the learning rate, above the edge.",
             "Means over seeds of KTA at the first row with loss <= level, ordered by learning rate, strictly increase "
             "over the learning rates whose NTK sharpness crossed 2/η in every seed.",
-            SOURCE, MATCHED, kta_rises,
+            PAPER, MATCHED, kta_rises,
         ),
         Claim(
             "below_the_edge_agree",
             "Learning rates that never reach the edge give the same kernel alignment.",
             f"Per seed, KTA at matched loss of the learning rates that crossed 2/η in no seed differs by at most "
             f"{AGREEMENT:g}.",
-            SOURCE, MATCHED, below_the_edge_agree,
+            PAPER, MATCHED, below_the_edge_agree,
         ),
         Claim(
             "c5_rises",
             "The target moves into the leading eigenvectors of the final NTK as the learning rate grows.",
             "C(5) at matched loss is higher at the largest learning rate than at the smallest in every seed, and by "
             f"at least {MEAN_GAIN_C5:g} in the mean.",
-            SOURCE, MATCHED, c5_rises,
+            PAPER, MATCHED, c5_rises,
             changes=(
                 "2026-11-24: too few seeds at both ends of the learning rates now make it underpowered; no verdict on "
                 "the shipped study changed.",
@@ -181,7 +208,7 @@ CLAIMS = {
             "Every run at a learning rate above the edge (crossed 2/η in every seed) ends, in the mean of its last two "
             f"steps, at no more than {ABOVE_LINE:g} times 2/η, while the smallest learning rate's NTK sharpness at the "
             f"matched loss lies, in every seed, above the lines of all learning rates from {HELD_DOWN:g} on.",
-            SOURCE, FINAL, returns_to_the_line,
+            PAPER, FINAL, returns_to_the_line,
             changes=(
                 "2026-11-24: clarified which runs count as above the edge, those of a learning rate that crossed in "
                 "every seed, as they had been judged from the start. No verdict on the shipped study changed.",
@@ -193,7 +220,7 @@ CLAIMS = {
             "From the first crossing of 2/η on, in two-step means, the change of KTA per step is larger on steps on "
             "which the sharpness falls than on steps on which it rises: mean over seeds, at each learning rate that "
             "crossed in every seed.",
-            SOURCE, PHASES, gains_while_falling,
+            PAPER, PHASES, gains_while_falling,
             changes=(
                 "2026-11-24: learning rates that crossed in some seeds only are left out, as in the other claims; they "
                 "had left the claim underpowered. No verdict on the shipped study changed.",
@@ -201,30 +228,46 @@ CLAIMS = {
                 "such a learning rate had made it fail. No verdict on the shipped study changed.",
             ),
         ),
+        Claim(
+            "kta_trend",
+            "At equal loss the final NTK is the more aligned with the target, the larger the learning rate.",
+            trend_rule("KTA"), PAPER, MATCHED, trends("kta", "KTA"),
+        ),
+        Claim(
+            "c5_trend",
+            "At equal loss the leading eigenvectors of the final NTK hold the more of the target, the larger the "
+            "learning rate.",
+            trend_rule("C(5)"), PAPER, MATCHED, trends("c5", "C(5)"),
+        ),
+        Claim(
+            "kta_gain",
+            "The final NTK is more aligned with the target at the largest learning rate than at the smallest.",
+            gain_rule("KTA"), PAPER, MATCHED, gain_in("kta", "kta_centred"),
+        ),
+        Claim(
+            "c5_gain",
+            "Five leading eigenvectors hold more of the target at the largest learning rate than at the smallest.",
+            gain_rule("C(5)"), PAPER, MATCHED, gain_in("c5", "c20"),
+        ),
+        Claim(
+            "easy_target_shifts",
+            "Where the KTA is high to begin with it need not rise with the learning rate, but the target still moves "
+            "into the leading eigenvectors.",
+            gain_rule("C(5)") + " KTA is told beside it and does not count.", PAPER, MATCHED, gain_in("c5", "kta"),
+        ),
+        Claim(
+            "changes_oppose",
+            "KTA rises while the sharpness falls.",
+            "After the crossing of 2/η, in two-step means, each meaned over five steps: the correlation of the changes "
+            "of the sharpness and of KTA is negative; the 95 % bootstrap interval of its mean over the runs of the "
+            f"learning rates that crossed in every seed, at least {MIN_SEEDS} of each, lies below 0.",
+            PAPER, CHANGES, changes_oppose,
+        ),
+        Claim(
+            "stays_below_the_line",
+            "With mini-batches the sharpness stays below 2/η.",
+            "The NTK sharpness over 2/η, meaned over the last tenth of the steps, is less than 1 in every run.",
+            PAPER, LATE, stays_below,
+        ),
     )
 }  # fmt: skip
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-FIGURES = {
-    name: replace(plots.FIGURES[name], title=f"{plots.FIGURES[name].title} (the paper's figure 1{column})")
-    for name, column in (("kta", "a"), ("modes", "b"), ("phases", "c"))
-}
-
-# What the paper fixes, as far as its abstract and the caption of its first figure say, and what is this project's own.
-CHOICES = (
-    ("network", "fully connected", "the paper's"),
-    ("its layers, activation and initialisation", "as listed above", "ours"),
-    ("data, labels, number of examples", "as listed above", "ours"),
-    ("optimiser", "full-batch gradient descent", "the paper's"),
-    ("learning rates", "as listed above; the paper's figure singles out 0.1", "ours"),
-    ("comparison", "all learning rates trained to roughly the same loss", "the paper's"),
-    ("that loss, and the limit on steps", "as the study file says; the smallest loss level listed above", "ours"),
-    ("sharpness", "the top eigenvalue of the NTK", "the paper's"),
-    ("its scale, and the line", "λ₁/n against 2/η, for L = (1/2n) ‖f - y‖²", "ours"),
-    ("alignment", "KTA = yᵀKy / (‖K‖ ‖y‖²), and c_i of the top 20 eigenvectors", "the paper's"),
-    ("eigenvalues", "divided by the Frobenius norm of the NTK", "the paper's"),
-    ("several outputs", "K summed over outputs", "ours"),
-    ("seeds, spread over them, and every threshold of the claims", "as listed here", "ours"),
-)
