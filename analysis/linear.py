@@ -15,7 +15,7 @@ z = s²/Y,
 
 falls with s unless G ∝ yyᵀ, and C(k; s) does not rise with s for any k: Σ_{i≤k} μ_i(τ) of G + τ yyᵀ is convex in
 τ = 1/s², and its derivative is Y C(k). Small weights and small steps end at s = ‖β_*‖, β_* the interpolator of least
-norm; larger steps, whose line 2/η lies below the sharpness there, at the largest root of S(s) = λ_1(s G + yyᵀ/s)/n = 2/η.
+norm; larger steps, whose line lies below the sharpness there, at the largest root of S(s) = λ_1(s G + yyᵀ/s)/n = 2/η.
 
 Where y is not in the range of X it stands for its projection, whose share of ‖y‖² is a factor of KTA.
 
@@ -196,7 +196,7 @@ class _Theory:
             hidden2 @ a2 - self.y, a2 @ a2, (a2 @ a2) * gram + hidden2 @ hidden2.T, np.outer(a2, a2) - w2 @ w2.T,
         ]  # fmt: skip
         # Q is small beside the two products whose difference it is, and so is r beside f and y: rounding is theirs.
-        sizes = [np.linalg.norm(self.y), a2 @ a2, np.linalg.norm(found[2]), a2 @ a2]
+        sizes: list[Any] = [np.linalg.norm(self.y), a2 @ a2, np.linalg.norm(found[2]), a2 @ a2]
         return max(
             float(np.linalg.norm(one - other) / size) for one, other, size in zip(found, predicted, sizes, strict=True)
         )

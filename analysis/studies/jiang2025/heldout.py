@@ -92,7 +92,7 @@ FIGURES = {
         "held_out",
         "The kernel on held-out examples",
         "Each run at its first snapshot at or below the matched loss, over the learning rate, one mark per seed and a "
-        "line through the means: KTA and C(5) of the kernel on held-out examples beside those on training examples, the "
+        "line through the means: KTA and C(5) of the kernel on held-out examples beside those on training ones, the "
         "share of held-out examples that the network and that regression with the final kernel get wrong, and the "
         "share on which these two agree.",
         MATCHED,
