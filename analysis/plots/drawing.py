@@ -222,13 +222,10 @@ def plot_columns(rows: pd.DataFrame, panels: Mapping[str, Sequence[str]], title:
             colour = (BLUE, VERMILION, GREY)[i % 3]
             known = rows.dropna(subset=name)
             mean = known.groupby("learning_rate")[name].mean()
+            axes.plot(mean.index, mean, color=colour, linestyle="--" if i else "-", label=NAMES.get(name, name))
             axes.plot(
-                mean.index, mean, color=colour, linestyle="-" if i == 0 else "--", zorder=2, label=NAMES.get(name, name)
-            )
-            marker = {"color": colour} if i else {"color": colour, "facecolors": "none"}
-            axes.scatter(
-                known["learning_rate"], known[name], s=22, marker="ox+"[i % 3], zorder=3, linewidths=1, **marker
-            )
+                known["learning_rate"], known[name], "ox+"[i % 3], color=colour, markersize=5, markerfacecolor="none",
+            )  # fmt: skip
         axes.set_xscale("log")
         rates = sorted(rows["learning_rate"].unique())
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 5 else 0)
@@ -264,11 +261,7 @@ def plot_series(rows: pd.DataFrame, panels: Mapping[str, str], title: str, setti
             axes.set_yscale("log")
         axes.set(ylabel=label)
     grid[-1].set(xlabel="step")
-    handles = [
-        Line2D([], [], color=palette[line], linestyle=DASHES[i % len(DASHES)], label=line)
-        for i, line in enumerate(order)
-    ]
-    _legend(figure, "upper", handles=handles)
+    _legend(figure, "upper", handles=grid[0].get_lines())
     _head(figure, grid[0], title, setting)
     return figure
 
