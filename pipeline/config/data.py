@@ -52,7 +52,7 @@ class Digits(Table):
     name: Literal["digits"] = "digits"
     target: Annotated[str, AfterValidator(_digit_target)] = "digit<5"
     n: Annotated[int, Field(ge=2, le=1797)] = 300
-    layout: Literal["image"] | None = Field(default=None, alias="shape")
+    layout: Literal["image"] | None = Field(default=None, alias="shape")  # shape() is what every table tells
 
     @field_validator("n")
     @classmethod
