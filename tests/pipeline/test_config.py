@@ -28,6 +28,7 @@ from pipeline.config import (
     Stop,
     check_imports_allowed,
     load_parts,
+    config_of,
     load_study,
     needs_import,
     shipped,
@@ -281,6 +282,14 @@ SAID = [
     ("claims=one", '--set claims = "one": must be a list'),
     ("title=3", "--set title = 3: must be text in quotes"),
     ("title=''", '--set title = "": must not be empty'),
+    ("loss.name=entropy", '--set loss.name = "entropy": must be one of mse, cross_entropy; did you mean "cross_ent'),
+    ("update.name=adm", '--set update.name = "adm": must be one of gd, sgd, heavy_ball, nesterov, rmsprop, adam; did'),
+    ("update.name=sgd", "update.batch_size: missing"),
+    ("update={name='sgd',batch_size=0}", "--set update.batch_size = 0: must be at least 1"),
+    ("update={name='nesterov',momentum=1.0}", "--set update.momentum = 1.0: must be less than 1"),
+    ("update={name='heavy_ball',momentum=-0.1}", "--set update.momentum = -0.1: must be at least 0"),
+    ("update={name='rmsprop',epsilon=0.0}", "--set update.epsilon = 0.0: must be more than 0"),
+    ("update={name='adam',momentum=0.9}", "--set update.momentum = 0.9: unknown key (allowed: beta1, beta2, epsilon,"),
     ("stop.steps=0", "--set stop.steps = 0: must be at least 1"),
     ("stop={}", "--set stop.steps: missing"),
     ("stop.steps.x=1", '--set stop.steps.x: 10 is a value, so it has no key "x"'),
@@ -308,6 +317,23 @@ SAID = [
     ("a..b=3", "must be key=value"),
     ("model.options.s=\udcff", "must be UTF-8 text"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["loss", "update"])
+def test_every_loss_and_rule_has_an_id_of_its_own_and_is_found_in_its_identity(study, table):
+    more = {"sgd": ["update.batch_size=5"]}
+    runs = [one(study, f"{table}.name={name}", *more.get(name, [])) for name in KINDS[table]]
+    assert len({run.run_id for run in runs}) == len(runs)
+    for run in runs:
+        found = config_of(json.loads(json.dumps(run.identity())))
+        assert found.identity() == run.identity()
+        assert type(getattr(found, table)) is type(getattr(run, table))
+
+
+def test_an_option_of_a_rule_can_be_an_axis(study):
+    found = study(MINIMAL, "update.name=heavy_ball", "grid.update.momentum=[0.5,0.9]").runs()
+    assert [run.update.momentum for run in found] == 4 * [0.5, 0.9]
+    assert len({run.run_id for run in found}) == 8
 
 
 @pytest.mark.parametrize(("override", "said"), SAID)
@@ -666,7 +692,7 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
             if key in {*KINDS, *TABLES, "axes", "name"}:
                 continue
             values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
-            needed = key in ("data.name", "model.name") and values[0] not in ("file", "import")
+            needed = name == "name" and key.split(".")[0] in KINDS and kind not in ("file", "import", "mse", "gd")
             if info.is_required() or needed:
                 defaults = {"required"}
             elif info.default is None:
