@@ -137,14 +137,14 @@ MEASURES = {
 
 
 def evolution(run: Run) -> "Iterator[tuple[xr.Dataset, dict[str, xr.DataArray]]]":
-    """Every tabulated measure of a run that its variables allow, lazy.
+    """Every tabulated measure of a run that its variables allow, lazy but where a group is a single block.
 
     Yields:
         For each set of groups that share a row: these rows, and the columns measured on them, (s,) each.
     """
     import xarray as xr
 
-    from analysis.load import open_runs
+    from analysis.load import BLOCK_BYTES, open_runs
     from analysis.rows import join
 
     tabulated = {name: measure for name, measure in MEASURES.items() if measure.groups}
@@ -154,6 +154,9 @@ def evolution(run: Run) -> "Iterator[tuple[xr.Dataset, dict[str, xr.DataArray]]]
         for group in dict.fromkeys(chain(*(measure.groups for measure in tabulated.values())))
         if run.lengths.get(group)
     }
+    for ds in opened.values():
+        if ds.nbytes <= BLOCK_BYTES:  # one block: to plan its tasks takes longer than to compute it
+            ds.load()
     for groups in dict.fromkeys(measure.groups for measure in tabulated.values()):
         steps = [set(opened[group]["step"].values) if group in opened else set() for group in groups]
         if not set.intersection(*steps):
