@@ -99,6 +99,7 @@ class TwoLayerLinear(Architecture):
     name: Literal["two_layer_linear"] = "two_layer_linear"
     width: Width = 64
     init_std: Positive = 0.05
+    rank_one: Annotated[bool, _unless(False)] | None = None
 
     def shapes(self, input_shape: Shape, outputs: int) -> list[Shape]:
         """W and a."""

@@ -29,10 +29,11 @@ def mlp(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
 def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """Two linear layers without biases, f = a W x; for one output K = ‖a‖² X Xᵀ + X Wᵀ W Xᵀ.
 
-    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m).
+    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one` and one output, W = aᵀ pᵀ / ‖a‖ with p
+    the first row of that draw, a form that gradient descent keeps.
 
     Args:
-        options: `width`, m; `init_std`.
+        options: `width`, m; `init_std`; `rank_one`.
         input_shape: shape of one example; flattened if it has more than one axis.
         outputs: c.
 
@@ -43,6 +44,10 @@ def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -
     inner, outer = nn.Linear(features, options.width, bias=False), nn.Linear(options.width, outputs, bias=False)
     for layer in (outer, inner):
         nn.init.normal_(layer.weight, std=options.init_std / options.width**0.5)
+    if options.rank_one:
+        with torch.no_grad():
+            a = outer.weight[0]
+            inner.weight.copy_(torch.outer(a / a.norm(), inner.weight[0]))
     return nn.Sequential(*modules, inner, outer)
 
 
