@@ -7,9 +7,9 @@ With d the fan-in of a layer (of a convolution: channels times places), h what i
     mean_field    as ntk; but the last layer z = W h / d + b
 
 They give the same functions and differ in what a gradient step does. As the width grows, the kernel of `ntk` stays
-fixed at any learning rate; with `mean_field` and a learning rate in proportion to the width it moves as much as it does
-at any other width. Beside that, `init_scale` multiplies the initial W and b of every layer, and `output_scale` α what
-the network gives, f = α g(θ): α → ∞ is lazy training, with learning rates in proportion to 1/α².
+where it is at a given learning rate; with `mean_field`, and learning rates in proportion to the width, it moves as much
+as at any other width. Beside that, `init_scale` multiplies the initial W and b of every layer, and `output_scale` α
+what the network gives, f = α g(θ): α → ∞ is lazy training, with learning rates in proportion to 1/α².
 
 Source: Jacot, Gabriel, Hongler (2018), arXiv 1806.07572 (`ntk`; their β is 1 here, and the biases start at 0); Mei,
 Montanari, Nguyen (2018), arXiv 1804.06561, and for any depth Bordelon and Pehlevan (2022), arXiv 2205.09653, with their
