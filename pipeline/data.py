@@ -36,6 +36,10 @@ class Data:
     sample_index: np.ndarray
     labels: bool
 
+    def arrays(self, dtype: str) -> dict[str, np.ndarray]:
+        """What a store keeps of them in its group `probe`, in the dtype of the model."""
+        return {"sample_index": self.sample_index, "input": self.x.astype(dtype), "target": self.y.astype(dtype)}
+
     @property
     def digest(self) -> str:
         """blake2b-128 over dtype, shape and little-endian bytes of x, y and sample_index."""
@@ -60,6 +64,26 @@ def load_data(options: Any, seed: int, rest: bool = False) -> Data:
         MissingError: if a file is not there.
     """
     return DATASETS[options.name](options, stream(seed, "data"), rest)
+
+
+def load_test(options: Any, seed: int, count: int) -> Data:
+    """The held-out examples of a run: the first `count` of those that were not chosen.
+
+    Args:
+        options: the study's data table.
+        seed: the run's seed.
+        count: m.
+
+    Raises:
+        InputError: if so many are not left.
+    """
+    rest = load_data(options, seed, rest=True)
+    if count > len(rest.x):
+        raise InputError(
+            f"record.test = {count}: only {len(rest.x)} examples are not trained on; hold out at most so many, or "
+            "choose a smaller data.n"
+        )
+    return Data(rest.x[:count], rest.y[:count], rest.sample_index[:count], rest.labels)
 
 
 def is_labels(y: np.ndarray) -> bool:
@@ -102,7 +126,9 @@ def _rest(available: int, chosen: np.ndarray) -> np.ndarray:
     """Indices of the examples that were not chosen."""
     left = np.setdiff1d(np.arange(available, dtype=np.int64), chosen)
     if not len(left):
-        raise InputError(f"all {available} examples were chosen, so none is left: give others, in a file")
+        raise InputError(
+            f"all {available} examples were chosen, so none is left: give others in a file, or choose a smaller data.n"
+        )
     return left
 
 

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline.config import File, RunConfig
-from pipeline.data import load_data
+from pipeline.data import Data, load_data, load_test
 from pipeline.errors import InputError
 from pipeline.gradient import FullBatch
 from pipeline.losses import LOSSES, accuracy
@@ -50,8 +50,9 @@ def train(
     device, dtype = find_device(run.compute.device), getattr(torch, run.compute.dtype)
     with computing(run.compute.threads):
         data = load_data(run.data, run.seed)
-        x = torch.as_tensor(data.x, dtype=dtype, device=device)
-        y = torch.as_tensor(data.y, dtype=dtype, device=device)
+        probe = _probe(data, dtype, device)
+        held_out = run.record.test and load_test(run.data, run.seed, run.record.test)
+        x, y = probe.input, probe.target
         model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
         parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
         criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
@@ -59,7 +60,8 @@ def train(
         recorder = Recorder(
             root,
             model,
-            Probe(x, y, data.sample_index),
+            probe,
+            test=_probe(held_out, dtype, device) if held_out else None,
             identity=run.identity(),
             learning_rate=run.learning_rate,
             seed=run.seed,
@@ -143,6 +145,12 @@ def find_device(name: str, otherwise: str | None = None) -> torch.device:
     if otherwise is None:
         raise InputError(f"compute.device = {name!r}: torch finds no such device here; use 'cpu'")
     return torch.device(otherwise)
+
+
+def _probe(data: Data, dtype: torch.dtype, device: torch.device) -> Probe:
+    """Examples as the model takes them."""
+    x, y = (torch.as_tensor(array, dtype=dtype, device=device) for array in (data.x, data.y))
+    return Probe(x, y, data.sample_index)
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:
