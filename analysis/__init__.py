@@ -13,18 +13,41 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from analysis.alignment import alignment
+    from analysis.alignment import alignment, full_alignment, layer_alignment
+    from analysis.complexity import complexity
+    from analysis.distance import cka, kernel_distance, kernel_velocity, polar
+    from analysis.eigenspace import eigenspace, eigenspace_overlap
+    from analysis.energy import energy
     from analysis.kernels import kernel, layers
     from analysis.load import open_run, open_sweep
     from analysis.matched import at_loss
     from analysis.phases import phase_summary, phases
-
-__all__ = ["alignment", "at_loss", "kernel", "layers", "open_run", "open_sweep", "phase_summary", "phases"]
+    from analysis.rows import join
+    from analysis.sharpness import gap_bound, sharpness_gap
+    from analysis.specialisation import specialisation
+    from analysis.spectra import top_mass, trace_ratio
 
 _HOMES = {
-    "at_loss": "matched", "kernel": "kernels", "layers": "kernels", "open_run": "load", "open_sweep": "load",
-    "phase_summary": "phases",
-}  # fmt: skip
+    "alignment": ["alignment", "full_alignment", "layer_alignment"],
+    "complexity": ["complexity"],
+    "distance": ["cka", "kernel_distance", "kernel_velocity", "polar"],
+    "eigenspace": ["eigenspace", "eigenspace_overlap"],
+    "energy": ["energy"],
+    "kernels": ["kernel", "layers"],
+    "load": ["open_run", "open_sweep"],
+    "matched": ["at_loss"],
+    "phases": ["phase_summary", "phases"],
+    "rows": ["join"],
+    "sharpness": ["gap_bound", "sharpness_gap"],
+    "specialisation": ["specialisation"],
+    "spectra": ["top_mass", "trace_ratio"],
+}
+
+__all__ = [
+    "alignment", "at_loss", "cka", "complexity", "eigenspace", "eigenspace_overlap", "energy", "full_alignment",
+    "gap_bound", "join", "kernel", "kernel_distance", "kernel_velocity", "layer_alignment", "layers", "open_run",
+    "open_sweep", "phase_summary", "phases", "polar", "sharpness_gap", "specialisation", "top_mass", "trace_ratio",
+]  # fmt: skip
 
 
 class _Package(ModuleType):
@@ -35,13 +58,13 @@ class _Package(ModuleType):
     """
 
 
-def _lazily(name: str) -> property:
-    home = f"{__name__}.{_HOMES.get(name, name)}"
-    return property(lambda package: getattr(import_module(home), name), lambda package, value: None)
+def _lazily(home: str, name: str) -> property:
+    return property(lambda package: getattr(import_module(f"{__name__}.{home}"), name), lambda package, value: None)
 
 
-for _name in __all__:
-    setattr(_Package, _name, _lazily(_name))
+for _home, _names in _HOMES.items():
+    for _name in _names:
+        setattr(_Package, _name, _lazily(_home, _name))
 sys.modules[__name__].__class__ = _Package
 
 

@@ -374,6 +374,9 @@ def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _rows(run: Run, derived: Mapping[str, Path]) -> "dict[str, pd.DataFrame]":
     """All that the catalogue says of a run, by table."""
+    import pandas as pd
+
+    long = []
     rows = {
         "runs": tables.frame_of("runs", [tables.run_row(run)]),
         "snapshots": _stored(run, "snapshots", range(run.lengths.get("snapshots", 0))),
@@ -390,7 +393,9 @@ def _rows(run: Run, derived: Mapping[str, Path]) -> "dict[str, pd.DataFrame]":
             rows["phases"] = _columns(run, "phases", ds.assign(phase=_named(ds["phase"])))
             rows["phase_changes"] = _phase_changes(run, ds)
         else:
-            rows["measures"] = _long(run, ds)
+            long.append(_long(run, ds))
+    if long:
+        rows["measures"] = pd.concat(long, ignore_index=True)
     return rows
 
 
@@ -435,7 +440,7 @@ def _phase_changes(run: Run, ds: "xr.Dataset") -> "pd.DataFrame":
 
 
 def _long(run: Run, ds: "xr.Dataset") -> "pd.DataFrame":
-    """Every value of a result as a row; the i-th of several values per step is called name_i, from 1."""
+    """Every value of a result that is not missing as a row; the i-th of several per step is called name_i, from 1."""
     import pandas as pd
 
     series = {}
@@ -445,4 +450,4 @@ def _long(run: Run, ds: "xr.Dataset") -> "pd.DataFrame":
         else:
             series |= {f"{name}_{i + 1}": values for i, values in enumerate(array.values.T)}
     frame = pd.DataFrame({"run_id": run.run_id, "step": ds["step"].values, **series})
-    return frame.melt(["run_id", "step"], var_name="measure", value_name="value")
+    return frame.melt(["run_id", "step"], var_name="measure", value_name="value").dropna(subset="value")

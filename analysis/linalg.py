@@ -2,22 +2,28 @@
 
     ⟨A, B⟩ = tr(AᵀB),   ‖A‖ = ⟨A, A⟩^(1/2),   P K P with P = I - 11ᵀ/n,   Σ_c y_cᵀ K y_c = ⟨K, YYᵀ⟩
 
-Kernels carry the dimensions `sample` (n) and `sample2` (n), targets `sample` (n) and `output` (c); any other
-dimension is a stack. Dask arrays stay lazy and numpy arrays are computed at once. Kernels are stored in float32; all
-sums run in float64, without a float64 copy of more than one block (eigenvalues: of one matrix). A task takes
-whole kernels, so the bands of a large one are joined in its task. BLAS threads are the caller's to set.
+Kernels carry the dimensions `sample` (n) and `sample2` (n), targets `sample` (n) and `output` (c), kernels of all
+pairs of outputs all four; any other dimension is a stack. Dask arrays stay lazy and numpy arrays are computed at once.
+Kernels are stored in float32; all sums run in float64, without a float64 copy of more than one block (pairs of kernels:
+of two; eigenvalues: of one matrix). A task takes whole kernels, so the bands of a large one are joined in its task.
+BLAS threads are the caller's to set.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
+from dask import delayed
+from dask.base import tokenize
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
 KERNEL = ("sample", "sample2")
+FULL = ("sample", "output", "sample2", "output2")
 TARGET = ("sample", "output")
 VECTORS = ("sample", "eig")
 
@@ -58,6 +64,37 @@ def quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     return _on_stacks(_quadratic_form, (kernel, KERNEL), (y, TARGET))
 
 
+def full_quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
+    """Σ_ab y_aᵀ K_ab y_b: the quadratic form of all pairs of outputs in the flattened target.
+
+    Args:
+        kernel: K_ab for each pair of outputs (..., n, c, n, c).
+        y: one column per output (..., n, c).
+
+    Returns:
+        Float64 (...).
+    """
+    return _on_stacks(_full_quadratic_form, (kernel, FULL), (y, TARGET))
+
+
+def gram(kernel: xr.DataArray, dim: str) -> xr.DataArray:
+    """⟨K_t, K_t'⟩ of all pairs of kernels along one dimension.
+
+    Lazy kernels are taken in their blocks along `dim`: a task holds two of them, however many there are, and reads
+    those before its own again.
+
+    Args:
+        kernel: kernels (..., s, n, n), s along `dim`.
+        dim: the dimension whose pairs are taken.
+
+    Returns:
+        Float64 (..., s, s) along `dim` and the new dimension `other`; symmetric.
+    """
+    kernel = kernel.transpose(..., dim, *KERNEL)
+    products = _lazy_gram(kernel.data) if isinstance(kernel.data, da.Array) else _products(kernel.data, kernel.data)
+    return xr.DataArray(products, dims=(*kernel.dims[:-2], "other"))
+
+
 def squared_projections(vectors: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     """Σ_c (v_iᵀ y_c)², the energy of the targets along each vector.
 
@@ -69,6 +106,19 @@ def squared_projections(vectors: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
         Float64 (..., k).
     """
     return _on_stacks(_squared_projections, (vectors, VECTORS), (y, TARGET), out=("eig",))
+
+
+def subspace_overlaps(vectors: xr.DataArray, others: xr.DataArray) -> xr.DataArray:
+    """‖V_kᵀ W_k‖² / k of the first k columns of V and of W, for every k.
+
+    Args:
+        vectors: orthonormal columns (..., n, k).
+        others: orthonormal columns (..., n, k).
+
+    Returns:
+        Float64 (..., k), the one of the first k columns at `eig` = k - 1.
+    """
+    return _on_stacks(_subspace_overlaps, (vectors, VECTORS), (others, VECTORS), out=("eig",))
 
 
 def squared_norm(y: xr.DataArray) -> xr.DataArray:
@@ -87,6 +137,11 @@ def eigenvalues(kernel: xr.DataArray) -> xr.DataArray:
     A kernel with a value that is not finite never meets the eigensolver: its eigenvalues are NaN.
     """
     return _on_stacks(_eigenvalues, (kernel, KERNEL), out=("mode",), sizes={"mode": kernel.sizes["sample"]})
+
+
+def ratio(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
+    """The quotient, NaN where the denominator is not positive."""
+    return numerator / denominator.where(denominator > 0)
 
 
 def _on_stacks(
@@ -128,6 +183,56 @@ def _centre(kernel: NDArray[Any]) -> Array:
 def _quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
     image = np.einsum("...ij,...jc->...ic", kernel, y, dtype=np.float64)
     return np.einsum("...ic,...ic->...", image, y, dtype=np.float64)
+
+
+def _full_quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
+    flat = (*y.shape[:-2], -1, 1)
+    size = y.shape[-2] * y.shape[-1]
+    return _quadratic_form(kernel.reshape(*kernel.shape[:-4], size, size), y.reshape(flat))
+
+
+def _lazy_gram(kernels: da.Array) -> da.Array:
+    kernels = kernels.rechunk({axis: -1 for axis in range(kernels.ndim) if axis != kernels.ndim - 3})
+    *stack, size, _, _ = kernels.shape
+    lower = [
+        da.from_delayed(
+            delayed(partial(_products_up_to, kernels, i), name=f"gram-{tokenize(kernels.name, i)}")(),
+            (*stack, length, size),
+            np.float64,
+        )
+        for i, length in enumerate(kernels.chunks[-3])
+    ]
+    return da.concatenate(lower, axis=-2).rechunk(-1).map_blocks(_symmetric, dtype=np.float64)
+
+
+def _products_up_to(kernels: da.Array, i: int) -> Array:
+    """Products of the kernels of block i with those of all blocks up to it (..., b, s); 0 for later ones.
+
+    The blocks are computed here instead of being tasks of their own, whose results would stay in memory until the last
+    pair is done: in the end all of them.
+    """
+    own = kernels.blocks[..., i, :, :].compute(scheduler="sync")
+    found = np.zeros((*kernels.shape[:-3], own.shape[-3], kernels.shape[-3]))
+    ends = np.cumsum(kernels.chunks[-3])
+    for j in range(i + 1):
+        other = own if j == i else kernels.blocks[..., j, :, :].compute(scheduler="sync")
+        found[..., ends[j] - other.shape[-3] : ends[j]] = _products(own, other)
+    return found
+
+
+def _symmetric(lower: Array) -> Array:
+    return np.tril(lower) + np.tril(lower, -1).swapaxes(-2, -1)
+
+
+def _products(a: NDArray[Any], b: NDArray[Any]) -> Array:
+    a, b = (stack.reshape(*stack.shape[:-2], -1).astype(np.float64) for stack in (a, b))
+    return a @ b.swapaxes(-2, -1)
+
+
+def _subspace_overlaps(vectors: NDArray[Any], others: NDArray[Any]) -> Array:
+    overlap = np.einsum("...ni,...nj->...ij", vectors, others, dtype=np.float64) ** 2
+    leading = np.diagonal(overlap.cumsum(axis=-2).cumsum(axis=-1), axis1=-2, axis2=-1)
+    return leading / np.arange(1, leading.shape[-1] + 1)
 
 
 def _squared_projections(vectors: NDArray[Any], y: NDArray[Any]) -> Array:

@@ -21,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis import evolution
 from analysis.tables import LEADING
 from pipeline.disk import Directory
 from pipeline.errors import DamagedStore, InputError, MissingError
@@ -90,10 +91,16 @@ def _phases(run: Run) -> "list[xr.Dataset]":
     return [_by_step(by_row, {**by_row.data_vars, **phase_summary(by_row).isel(run=0).data_vars})]
 
 
+def _evolution(run: Run) -> "list[xr.Dataset]":
+    """The measures of kernel evolution, each at the rows of its own groups."""
+    return [_by_step(ds, columns) for ds, columns in evolution.evolution(run)]
+
+
 MEASURES = {
     "alignment": Measure(_alignment, ("scalars", "spectra", "snapshots"), 1, LEADING),
     "modes": Measure(_modes, ("snapshots",), 1),
     "phases": Measure(_phases, ("scalars",), 1),
+    "evolution": Measure(_evolution, ("scalars", "spectra", "snapshots"), 1, (LEADING, *evolution.MEASURES)),
 }
 
 

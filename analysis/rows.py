@@ -6,6 +6,7 @@ plain xarray opened has them along `step` and names no run. Measures that look a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,20 @@ class Runs:
     names: list[str]
     rows: list[NDArray[np.intp]]
     step: NDArray[np.int64]
+
+    def followers(self) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Position of the row that follows each row in its run, and whether there is one; else the row itself."""
+        following = np.arange(len(self.step))
+        for rows in self.rows:
+            following[rows[:-1]] = rows[1:]
+        return following, following != np.arange(len(self.step))
+
+    def ends(self, which: Literal[0, -1]) -> NDArray[np.intp]:
+        """Position of the first (0) or the last (-1) row of each row's run."""
+        found = np.empty(len(self.step), dtype=np.intp)
+        for rows in self.rows:
+            found[rows] = rows[which]
+        return found
 
 
 def runs_of(ds: xr.Dataset) -> Runs:
@@ -81,6 +96,52 @@ def one_row_per_run(ds: xr.Dataset, runs: Runs, positions: Sequence[int] | NDArr
     attrs = ds["run"].attrs if "run" in ds.coords else {"long_name": "run", "units": "1"}
     taken = ds.isel({runs.dim: np.asarray(positions, dtype=np.intp)})
     return taken.assign_coords(run=(runs.dim, runs.names, attrs)).swap_dims({runs.dim: "run"})
+
+
+def taken(array: xr.DataArray, dim: str, positions: NDArray[np.intp]) -> xr.DataArray:
+    """Values of other rows, such as the following ones, in the place of each row's own; its coordinates stay."""
+    return array.copy(data=array.variable.isel({dim: positions}).data)
+
+
+def join(ds: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
+    """The rows that two groups both have, with the variables of both; lazy.
+
+        sharpness_gap(join(open_sweep(root, "hessian"), open_sweep(root, "scalars")))
+
+    Args:
+        ds: a group of a sweep or a run.
+        other: another group of the same, opened in the same way.
+
+    Returns:
+        The rows of `ds` whose run and step `other` has too, in the order of `ds`; variables that both have are those
+        of `ds`.
+
+    Raises:
+        InputError: if they share no row, or their rows lie along different dimensions.
+    """
+    runs, others = runs_of(ds), runs_of(other)
+    if runs.dim != others.dim:
+        raise InputError(
+            f"rows of one group lie along `{runs.dim}`, of the other along `{others.dim}`: open both by "
+            "analysis.open_sweep, or both by plain xarray"
+        )
+    place = {
+        (name, step): row
+        for name, rows in zip(others.names, others.rows, strict=True)
+        for row, step in zip(rows, others.step[rows], strict=True)
+    }
+    pairs = sorted(
+        (row, place[name, runs.step[row]])
+        for name, rows in zip(runs.names, runs.rows, strict=True)
+        for row in rows
+        if (name, runs.step[row]) in place
+    )
+    if not pairs:
+        raise InputError("the two groups share no row of the same run and step: record both at a common cadence")
+    here, there = (np.array(positions, dtype=np.intp) for positions in zip(*pairs, strict=True))
+    new = [name for name in other.data_vars if name not in ds.variables]
+    found = {name: other[name].variable.isel({runs.dim: there}) for name in new if runs.dim in other[name].dims}
+    return ds.isel({runs.dim: here}).assign(found)
 
 
 def require(ds: xr.Dataset, measure: str, *names: str) -> None:

@@ -176,11 +176,11 @@ TABLES: dict[str, Layout] = {
         ),
     ),
     "measures": Layout(
-        "Every other measure, one row per value.",
+        "Every other measure, one row per value; no row where it is undefined or its input was not recorded.",
         (
             RUN_ID,
             STEP,
-            Column("measure", "VARCHAR", "", "Name, such as mode_alignment_1 for the first of k values."),
+            Column("measure", "VARCHAR", "", "Name, such as radius, or mode_alignment_1 for the first of k values."),
             Column("value", "DOUBLE", "1", "Its value."),
         ),
     ),

@@ -76,6 +76,7 @@ def mock_run(
     attrs: Mapping[str, Any] | None = None,
     conjugate: bool = False,
     layers: bool = False,
+    full: bool = False,
 ) -> Path:
     """Write one run, or go on with one that was left unfinished.
 
@@ -93,6 +94,7 @@ def mock_run(
         attrs: further root attributes.
         conjugate: record the conjugate kernel H Hᵀ too.
         layers: record the parts of the NTK that belong to W and to A.
+        full: record the NTK of all pairs of outputs.
 
     Returns:
         Folder of the run.
@@ -115,7 +117,7 @@ def mock_run(
     y = np.where(np.sin(2 * x @ rng.normal(size=(FEATURES, c))) > 0, 1.0, -1.0)
     w, a = rng.normal(size=(FEATURES, width)) / np.sqrt(FEATURES), rng.normal(size=(width, c)) / np.sqrt(width)
     name = run_id(learning_rate, seed, **axes)
-    more = schema.recorded(["conjugate"] if conjugate else [], layers) if conjugate or layers else {}
+    more = schema.recorded(["conjugate"] if conjugate else [], layers, full)
     # A store for a test need not survive a power cut, and the hundreds of fsyncs of a run take most of its time.
     with patch("os.fsync"), Writer.open(
         root,
@@ -137,10 +139,10 @@ def mock_run(
             **(attrs or {}),
         },
         dims={
-            "layer": 2, "sample": n, "sample2": n, "output": c, "eig": k, "hessian_eig": 1,
+            "layer": 2, "sample": n, "sample2": n, "output": c, "output2": c, "eig": k, "hessian_eig": 1,
             "parameter_index": w.size + a.size,
         },
-        groups={group: [*variables, *more.get(group, [])] for group, variables in schema.GROUPS.items()},
+        groups=more | {"train": list(schema.GROUPS["train"])},
         attributes={"snapshots/ntk_layer": {"names": ["W", "A"]}},
         capacity={group: steps + 1 for group in schema.GROUPS},
         probe={"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)},
@@ -175,6 +177,7 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
     measured = {
         **of_kernel(kernel, y, k),
         **{f"conjugate_{name}": value for name, value in of_kernel(h @ h.T, y, k).items()},
+        "ntk_full": full,
         "ntk_layer": np.stack([kernel - c * h @ h.T, c * h @ h.T]),
         "parameter": np.concatenate([w.ravel(), a.ravel()]),
         "prediction": f,

@@ -1,0 +1,190 @@
+"""The measures of how a kernel evolves: what each needs, its formula and source, and those that are numbers per row.
+
+This registry is what the result `evolution` of a run is made of, and with it the table `measures` of the catalogue; the
+page docs/measures.md lists it (`python -m analysis.evolution` prints that part of the page). A measure is one public
+function of `analysis`, `f(ds) -> ds`, and one entry here under its name.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import analysis
+from analysis.tables import LEADING
+from pipeline.store import Run
+
+if TYPE_CHECKING:  # imported where something is computed: `results` reads this registry too
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure.
+
+    Attributes:
+        needs: variables of the store without which there is no value.
+        formula: what it is, in the letters of `pipeline.schema`.
+        source: who introduced it.
+        groups: groups of the store at whose common rows it is tabulated; none for what is not a few numbers per row.
+        columns: results that are tabulated.
+    """
+
+    needs: tuple[str, ...]
+    formula: str
+    source: str
+    groups: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+MEASURES = {
+    "layer_alignment": Measure(
+        ("target", "ntk_layer"),
+        "KTA and centred KTA of K_l, the part of one trained tensor",
+        "Baratin et al. 2021",
+        ("snapshots",),
+        ("kta_layer", "kta_layer_centred"),
+    ),
+    "full_alignment": Measure(
+        ("target", "ntk_full"),
+        "Σ_ab y_aᵀ K_ab y_b / (‖K_full‖ ‖Y‖²), K_full of all pairs of outputs; centred: of P K_ab P and P y_a",
+        "Baratin et al. 2021",
+        ("snapshots",),
+        ("kta_full", "kta_full_centred"),
+    ),
+    "trace_ratio": Measure(
+        ("eigenvalue", "trace"),
+        "T_k = Σ_{i≤k} λ_i / tr K",
+        "Baratin et al. 2021",
+        ("spectra", "scalars"),
+        ("trace_ratio",),
+    ),
+    "top_mass": Measure(
+        ("eigenvalue", "frobenius_norm"),
+        "Σ_{i≤k} λ_i² / ‖K‖²",
+        "Tsilivis, Kempe 2022",
+        ("spectra", "scalars"),
+        ("top_mass",),
+    ),
+    "energy": Measure(
+        ("target", "target_energy"),
+        "Σ_c y_cᵀ K y_c / ‖Y‖²",
+        "Ortiz-Jimenez, Moosavi-Dezfooli, Frossard 2021",
+        ("scalars",),
+        ("energy",),
+    ),
+    "eigenspace": Measure(
+        ("eigenvector", "prediction", "target"),
+        "‖V_kᵀ f‖² / ‖f‖² of the prediction f, and of the residual f - y",
+        "Kopitkov, Indelman 2020",
+        ("spectra",),
+        ("prediction_in_eigenspace", "residual_in_eigenspace"),
+    ),
+    "eigenspace_overlap": Measure(
+        ("eigenvector",),
+        "‖V_k(t)ᵀ V_k(t')‖² / k, t' the following, the first, the last row of the run",
+        "after Fort et al. 2020",
+        ("spectra",),
+        ("overlap_following", "overlap_first", "overlap_last"),
+    ),
+    "kernel_distance": Measure(
+        ("ntk",),
+        "S(t, t') = 1 - ⟨K_t, K_t'⟩ / (‖K_t‖ ‖K_t'‖), all pairs of rows of a run",
+        "Fort et al. 2020",
+    ),
+    "cka": Measure(
+        ("ntk",),
+        "⟨P K_t P, P K_t' P⟩ / (‖P K_t P‖ ‖P K_t' P‖), all pairs of rows of a run",
+        "Kornblith et al. 2019",
+    ),
+    "kernel_velocity": Measure(
+        ("ntk", "learning_rate"),
+        "S(t, t + dt) / dt to the following row, per step; and per unit of the flow time η dt",
+        "Fort et al. 2020",
+        ("snapshots",),
+        ("kernel_velocity", "kernel_velocity_flow"),
+    ),
+    "polar": Measure(
+        ("ntk",),
+        "‖K_t - K_0‖; the same over ‖K_0‖; arccos(⟨K_t, K_0⟩ / (‖K_t‖ ‖K_0‖))",
+        "Tsilivis, Kempe 2022",
+        ("snapshots",),
+        ("radius", "relative_radius", "angle"),
+    ),
+    "specialisation": Measure(
+        ("ntk_full", "target"),
+        "A_cc / mean_{c'≠c} A_cc', A_cc' = y_c'ᵀ K_cc y_c' / (‖K_cc‖ ‖y_c'‖²)",
+        "Shan, Bordelon 2021",
+        ("snapshots",),
+        ("specialisation",),
+    ),
+    "sharpness_gap": Measure(
+        ("hessian_eigenvalue", "ntk_sharpness"),
+        "λ_1(H); λ_1(H) - λ_1(K)/n",
+        "Cohen et al. 2021",
+        ("hessian", "scalars"),
+        ("hessian_sharpness", "sharpness_gap"),
+    ),
+    "complexity": Measure(
+        ("parameter", "trace"),
+        "‖θ_t - θ_0‖; Σ_{u<t} ‖θ_{u+1} - θ_u‖ sqrt(tr K_u)",
+        "Baratin et al. 2021",
+        ("snapshots",),
+        ("parameter_distance", "path_length"),
+    ),
+}
+
+
+def evolution(run: Run) -> "Iterator[tuple[xr.Dataset, dict[str, xr.DataArray]]]":
+    """Every tabulated measure of a run that its variables allow, lazy.
+
+    Yields:
+        For each set of groups that share a row: these rows, and the columns measured on them, (s,) each.
+    """
+    import xarray as xr
+
+    from analysis.load import open_runs
+    from analysis.rows import join
+
+    for groups in dict.fromkeys(measure.groups for measure in MEASURES.values() if measure.groups):
+        if not _share_a_row(run, groups):
+            continue
+        ds = reduce(join, [open_runs([run], group) for group in groups])
+        columns: dict[str, xr.DataArray] = {}
+        for name, measure in MEASURES.items():
+            if measure.groups == groups and all(needed in ds.variables for needed in measure.needs):
+                found = getattr(analysis, name)(ds)
+                for column in measure.columns:
+                    columns |= _per_row(column, found[column] if isinstance(found, xr.Dataset) else found)
+        yield ds, columns
+
+
+def _share_a_row(run: Run, groups: Iterable[str]) -> bool:
+    steps = [set(run.read(f"{group}/step")) if run.lengths.get(group) else set() for group in groups]
+    return bool(set.intersection(*steps))
+
+
+def _per_row(name: str, array: "xr.DataArray") -> "dict[str, xr.DataArray]":
+    """Columns of one number per row: the value itself, the first k modes, or one per tensor or output."""
+    along = [str(dim) for dim in array.dims if dim != "snapshot"]
+    if not along:
+        return {name: array}
+    (dim,) = along
+    size = array.sizes[dim]
+    if dim == "eig":
+        return {f"{name}_{k}": array.isel(eig=k - 1) for k in LEADING if k <= size}
+    labels = array[dim].values if dim in array.coords else range(1, size + 1)
+    return {f"{name}_{label}": array.isel({dim: i}) for i, label in enumerate(labels)}
+
+
+def reference() -> str:
+    """The part of docs/measures.md that lists every entry."""
+    lines = ["| function | formula | needs | in the table `measures` | source |", "|---|---|---|---|---|"]
+    for name, measure in MEASURES.items():
+        needs, columns = (", ".join(f"`{one}`" for one in many) for many in (measure.needs, measure.columns))
+        lines.append(f"| `{name}` | {measure.formula} | {needs} | {columns} | {measure.source} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference())
