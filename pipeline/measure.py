@@ -80,9 +80,9 @@ class _HeldOut:
     cross: NTK
 
     @property
-    def scalars(self) -> list[str]:
-        """Names of the scalars that are measured."""
-        return ["test_loss", "test_accuracy"] if self.labels else ["test_loss"]
+    def variables(self) -> list[str]:
+        """What is measured."""
+        return [name for name in schema.HELD_OUT if self.labels or name != "test_accuracy"]
 
     def measured(self, model: nn.Module, kernels: bool) -> dict[str, Any]:
         """The scalars by name; with `kernels` also those and the outputs."""
@@ -154,8 +154,8 @@ class Measure:
             if criterion is None:
                 raise InputError("test: needs the loss; give criterion=, a function (prediction, target) -> loss")
             self._test = _HeldOut(*test, criterion, labels, NTK(test[0]), NTK(test[0], x))
-        test_scalars = self._test.scalars if self._test else ()
-        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full, test_scalars)
+        held_out = self._test.variables if self._test else ()
+        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full, held_out)
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property

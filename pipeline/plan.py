@@ -269,7 +269,7 @@ def _nbytes(
         return itemsize * math.prod(sizes[dim] for dim in variable.dims)
 
     others = [kernel["name"] for kernel in record.kernel_tables()[1:]]
-    test = schema.TEST_SCALARS if record.test else ()
+    test = schema.HELD_OUT if record.test else ()
     names = schema.recorded(others, bool(record.layers), bool(record.ntk_full), test) | {"train": list(schema.TRAIN)}
     growing = sum(count * sum(map(size, schema.row_variables(group, names[group]))) for group, count in rows.items())
     held_out = schema.TEST_PROBE if record.test else {}

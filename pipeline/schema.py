@@ -137,6 +137,17 @@ ON_REQUEST = _by_name([
         "J J_trainᵀ, summed over outputs; of a replayed run, whose probe is not the training set.",
         rows_per_chunk=None,
     ),
+])  # fmt: skip
+
+# What is measured on held-out examples, if there are any; `snapshots` has these scalars too.
+TEST_SCALARS = _by_name([
+    Variable("test_loss", ("step",), "float64", "1", "held-out loss", "The loss L on the held-out examples."),
+    Variable(
+        "test_accuracy", ("step",), "float64", "1", "held-out accuracy",
+        "Share of the held-out examples classified right.",
+    ),
+])  # fmt: skip
+TEST_KERNELS = _by_name([
     Variable(
         "ntk_test", ("step", "test_sample", "test_sample2"), "float32", "1", "NTK of the held-out examples",
         "J_test J_testᵀ, summed over outputs.", rows_per_chunk=None,
@@ -146,18 +157,7 @@ ON_REQUEST = _by_name([
         "J_test Jᵀ, summed over outputs.", rows_per_chunk=None,
     ),
 ])  # fmt: skip
-
-# What is measured on held-out examples beside their kernels; `snapshots` has these scalars too.
-TEST_SCALARS = _by_name([
-    Variable(
-        "test_loss", ("step",), "float64", "1", "held-out loss", "The loss L of the held-out examples, their mean."
-    ),
-    Variable(
-        "test_accuracy", ("step",), "float64", "1", "held-out accuracy",
-        "Share of the held-out examples classified right."
-    ),
-])  # fmt: skip
-TEST_PREDICTION = _by_name([
+HELD_OUT = TEST_KERNELS | TEST_SCALARS | _by_name([
     Variable(
         "prediction_test", ("step", "test_sample", "output"), "model", "1", "network output on the held-out examples",
         "f(θ) on the held-out examples.", rows_per_chunk=None,
@@ -230,7 +230,7 @@ GROUPS: dict[str, dict[str, Variable]] = {
 }
 
 # What a group may have beside that, in the order in which it follows in a row's digest.
-MORE = {"scalars": TEST_SCALARS, "snapshots": ON_REQUEST | TEST_PREDICTION | TEST_SCALARS}
+MORE = {"scalars": TEST_SCALARS, "snapshots": ON_REQUEST | HELD_OUT}
 
 # What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
 OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
@@ -282,14 +282,14 @@ def recorded(
         kernels: names of the kernels beside the NTK.
         layers: the parts of the NTK by tensor.
         full: the NTK of all pairs of outputs.
-        test: the scalars of `TEST_SCALARS` that are measured on held-out examples; none if there are no such examples.
+        test: those of `HELD_OUT`; none if no examples are held out.
     """
-    scalars = list(test)
+    held_out = list(test)
     more = {"ntk_layer": layers, "ntk_full": full}
     names = {group: list(GROUPS[group]) for group in ("hessian", "scalars", "snapshots", "spectra")}
     names["snapshots"] += [name for name, asked in more.items() if asked]
-    names["snapshots"] += ["ntk_test", "ntk_cross", "prediction_test", *scalars] if scalars else []
-    names["scalars"] += scalars
+    names["snapshots"] += held_out
+    names["scalars"] += [name for name in held_out if name in TEST_SCALARS]
     for group in ("scalars", "snapshots", "spectra"):
         names[group] += [f"{kernel}_{base}" for kernel in kernels for base in OF_A_KERNEL if base in GROUPS[group]]
     return names

@@ -8,6 +8,8 @@ import torch
 from study_files import one
 from torch import nn
 
+import analysis
+from pipeline.cadence import Cadence
 from pipeline.config import Compute, Digits, File, Mlp, Record, RunConfig, Stop
 from pipeline.data import load_data, load_test
 from pipeline.errors import InputError
@@ -154,6 +156,30 @@ def test_damage_to_them_is_found(tmp_path, name):
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
     assert any(name in problem.where or name in problem.what for problem in verify_root(tmp_path, deep=True))
+
+
+def test_a_linear_network_from_zero_ends_at_the_regression_with_its_kernel(tmp_path):
+    """Its kernel never moves and its initial function is zero, so the two are one function."""
+    rng = np.random.default_rng(0)
+    x, test_x = (torch.from_numpy(rng.normal(size=(count, 2 * N))) for count in (N, M))
+    y, test_y = (torch.from_numpy(rng.choice([-1.0, 1.0], (count, 2))) for count in (N, M))
+    model = nn.Linear(2 * N, 2, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    steps, rate = 600, 0.2
+    recorder = Recorder(
+        str(tmp_path), model, Probe(x, y), identity={}, learning_rate=rate, seed=0, steps=steps, eigenpairs=2,
+        criterion=mse, test=Probe(test_x, test_y), cadences={"snapshots": Cadence()},
+    )  # fmt: skip
+    with recorder:
+        for step in recorder:
+            residual = model(x).detach() - y
+            if recorder.record(step, loss=float((residual**2).sum() / (2 * N))):
+                model.weight.data -= rate * residual.T @ x / N
+    ds = analysis.open_sweep(tmp_path).isel(snapshot=[-1])
+    found = analysis.kernel_regression(ds)
+    np.testing.assert_allclose(found.regression_prediction, ds.prediction_test, atol=1e-4)
+    np.testing.assert_allclose(found.regression_agreement, 1)
+    np.testing.assert_allclose(found.regression_squared_error, ds.test_loss, rtol=1e-4)
 
 
 def test_other_held_out_examples_are_another_run(tmp_path):
