@@ -1,5 +1,8 @@
 """Kernel regression against linear solves and regression on features; errors and alignment of held-out examples."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -19,6 +22,8 @@ from pipeline.store import list_runs
 from pipeline.verify import verify_root
 
 N, M, K = 8, 5, 4
+PAGE = (Path(__file__).parents[2] / "docs" / "catalogue.md").read_text()
+OF_THE_PAGE = re.search(r"-- does the network.*?;", PAGE, re.DOTALL).group()
 CADENCES = {"snapshots": Cadence(every=2), "spectra": Cadence(every=2), "scalars": Cadence(every=1)}
 sizes = settings(deadline=None, max_examples=20)
 
@@ -266,6 +271,9 @@ def test_the_catalogue_has_the_measures_and_the_held_out_loss(root):
     )
     assert losses == list(scalars)
     assert query(root, "select distinct m from runs").rows == [(M,)]
+    assert [row[:2] for row in query(root, OF_THE_PAGE).rows] == [
+        (rate, step) for rate in (0.1, 0.3) for step in (0, 2, 4)
+    ]
     assert query(root, "select count(test_loss) from snapshots").rows == [(6,)]
 
 

@@ -55,6 +55,19 @@ def test_what_is_on_request_is_in_no_row_unless_it_is_named():
     assert schema.recorded()["snapshots"] == list(schema.GROUPS["snapshots"])
 
 
+def test_what_is_measured_on_held_out_examples_follows_the_rest_of_the_row():
+    plain, held_out = schema.recorded(layers=True), schema.recorded(layers=True, test=schema.HELD_OUT)
+    assert set(schema.HELD_OUT) == {"ntk_test", "ntk_cross", "prediction_test", "test_loss", "test_accuracy"}
+    for group, own in {"snapshots": list(schema.HELD_OUT), "scalars": ["test_loss", "test_accuracy"]}.items():
+        before, after = (row_variables(group, names[group]) for names in (plain, held_out))
+        assert [variable.name for variable in after] == [*(v.name for v in before[:-1]), *own, "digest"]
+    assert plain["spectra"] == held_out["spectra"]
+    for name, variable in schema.TEST_PROBE.items():
+        like = schema.PROBE[name.removeprefix("test_")]
+        assert (variable.dtype, variable.dims[1:]) == (like.dtype, like.dims[1:])
+        assert variable.dims[0] == "test_sample"
+
+
 def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
     every = [variable for group in schema.GROUPS for variable in row_variables(group)]
     costs = {name for name in schema.TRAIN if name.startswith("seconds_")}
@@ -63,7 +76,12 @@ def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
 
 
 def test_every_variable_says_what_it_is():
-    for variable in [*schema.PROBE.values(), *(v for group in schema.GROUPS for v in row_variables(group))]:
+    for variable in [
+        *schema.PROBE.values(),
+        *schema.TEST_PROBE.values(),
+        *schema.HELD_OUT.values(),
+        *(v for group in schema.GROUPS for v in row_variables(group)),
+    ]:
         assert variable.units
         assert variable.long_name
         assert variable.description.endswith(".")
