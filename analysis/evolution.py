@@ -5,9 +5,10 @@ page docs/measures.md lists it (`python -m analysis.evolution` prints that part 
 function of `analysis`, `f(ds) -> ds`, and one entry here under its name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import analysis
@@ -135,7 +136,7 @@ MEASURES = {
     "held_out_error": Measure(
         ("prediction_test", "test_target"),
         "‖f - Y‖² / 2m on the m held-out examples; the share of them classified wrong",
-        "",
+        "standard",
         ("snapshots",),
         ("test_squared_error", "test_error_rate"),
     ),
@@ -174,22 +175,25 @@ def evolution(run: Run) -> "Iterator[tuple[xr.Dataset, dict[str, xr.DataArray]]]
     from analysis.load import open_runs
     from analysis.rows import join
 
-    for groups in dict.fromkeys(measure.groups for measure in MEASURES.values() if measure.groups):
-        if not _share_a_row(run, groups):
+    tabulated = {name: measure for name, measure in MEASURES.items() if measure.groups}
+    # Without the index of a sweep: of a single run it says nothing, and to align it takes longer than many a measure.
+    opened = {
+        group: open_runs([run], group).reset_index("snapshot")
+        for group in dict.fromkeys(chain(*(measure.groups for measure in tabulated.values())))
+        if run.lengths.get(group)
+    }
+    for groups in dict.fromkeys(measure.groups for measure in tabulated.values()):
+        steps = [set(opened[group]["step"].values) if group in opened else set() for group in groups]
+        if not set.intersection(*steps):
             continue
-        ds = reduce(join, [open_runs([run], group) for group in groups])
+        ds = reduce(join, [opened[group] for group in groups])
         columns: dict[str, xr.DataArray] = {}
-        for name, measure in MEASURES.items():
+        for name, measure in tabulated.items():
             if measure.groups == groups and all(needed in ds.variables for needed in measure.needs):
                 found = getattr(analysis, name)(ds)
                 for column in measure.columns:
                     columns |= _per_row(column, found[column] if isinstance(found, xr.Dataset) else found)
         yield ds, columns
-
-
-def _share_a_row(run: Run, groups: Iterable[str]) -> bool:
-    steps = [set(run.read(f"{group}/step")) if run.lengths.get(group) else set() for group in groups]
-    return bool(set.intersection(*steps))
 
 
 def _per_row(name: str, array: "xr.DataArray") -> "dict[str, xr.DataArray]":

@@ -17,7 +17,6 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from dask import delayed
-from dask.base import tokenize
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -226,11 +225,7 @@ def _lazy_gram(kernels: da.Array) -> da.Array:
     kernels = kernels.rechunk({axis: -1 for axis in range(kernels.ndim) if axis != kernels.ndim - 3})
     *stack, size, _, _ = kernels.shape
     lower = [
-        da.from_delayed(
-            delayed(partial(_products_up_to, kernels, i), name=f"gram-{tokenize(kernels.name, i)}")(),
-            (*stack, length, size),
-            np.float64,
-        )
+        da.from_delayed(delayed(partial(_products_up_to, kernels, i), pure=True)(), (*stack, length, size), np.float64)
         for i, length in enumerate(kernels.chunks[-3])
     ]
     return da.concatenate(lower, axis=-2).rechunk(-1).map_blocks(_symmetric, dtype=np.float64)

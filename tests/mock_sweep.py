@@ -116,6 +116,11 @@ def described(variable: Variable) -> dict[str, str]:
     return {"long_name": variable.long_name, "units": variable.units, "description": variable.description}
 
 
+def with_values(ds: xr.Dataset, **values: np.ndarray) -> xr.Dataset:
+    """The dataset with other numbers in some of its variables."""
+    return ds.assign({name: ds[name].variable.copy(data=np.asarray(data)) for name, data in values.items()})
+
+
 def one_run(ds: xr.Dataset, run: str) -> xr.Dataset:
     """The rows of one run as plain xarray opens a group of it: along `step`, lazy row coordinates, no names."""
     rows = ds.isel(snapshot=np.flatnonzero(ds.run == run)).reset_index("snapshot").drop_vars(["run", "status"])

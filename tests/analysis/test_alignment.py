@@ -5,9 +5,16 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mock_sweep import mock_sweep, one_run
+from mock_sweep import mock_sweep, one_run, with_values
 
-from analysis.alignment import alignment, centred_alignment, kernel_target_alignment, mode_alignment
+from analysis.alignment import (
+    alignment,
+    centred_alignment,
+    full_alignment,
+    kernel_target_alignment,
+    layer_alignment,
+    mode_alignment,
+)
 from pipeline.errors import InputError
 
 MEASURES = [
@@ -45,6 +52,15 @@ def with_kernels(kernels, targets):
     return xr.Dataset(
         {"ntk": (("snapshot", "sample", "sample2"), kernels), "target": (("snapshot", "sample", "output"), targets)}
     )
+
+
+def with_all_outputs(n, c, seed, rows=2):
+    """Kernels of all pairs of outputs, their sum over equal outputs, and targets."""
+    rng = np.random.default_rng(seed)
+    j = rng.standard_normal((rows, n, c, 2 * n * c))
+    full = np.einsum("sicp,sjdp->sicjd", j, j)
+    ds = with_kernels(np.einsum("sicjc->sij", full), rng.standard_normal((rows, n, c)))
+    return ds.assign(ntk_full=(("snapshot", "sample", "output", "sample2", "output2"), full))
 
 
 @settings(deadline=None, max_examples=20)
@@ -233,3 +249,63 @@ def test_a_group_without_kernels_names_what_is_needed_and_where():
 def test_a_missing_variable_is_named_with_its_groups(function, missing, groups):
     with pytest.raises(InputError, match=f"needs `{missing}`.*group=\\.\\.\\.\\) with {groups}$"):
         function(mock_sweep("train"))
+
+
+# --- all outputs, and layer by layer ----------------------------------------------------------------------------------
+
+shapes = st.fixed_dictionaries({"n": st.integers(2, 5), "c": st.integers(1, 3), "seed": st.integers(0, 2**31)})
+
+
+@settings(deadline=None, max_examples=10)
+@given(shapes)
+def test_alignment_of_all_outputs_is_that_of_the_flattened_kernel(shape):
+    ds, (n, c) = with_all_outputs(**shape), (shape["n"], shape["c"])
+    result = full_alignment(ds)
+    p = np.kron(np.eye(n) - np.ones((n, n)) / n, np.eye(c))  # over the examples, each output by itself
+    for t in range(2):
+        kernel, y = ds.ntk_full.values[t].reshape(n * c, n * c), ds.target.values[t].reshape(n * c, 1)
+        assert result.kta_full.values[t] == pytest.approx(naive_kta(kernel, y), rel=1e-10)
+        assert result.kta_full_centred.values[t] == pytest.approx(naive_kta(p @ kernel @ p, p @ y), rel=1e-8)
+
+
+def test_with_one_output_both_conventions_are_one():
+    ds = with_all_outputs(5, 1, seed=0)
+    np.testing.assert_allclose(full_alignment(ds).kta_full, kernel_target_alignment(ds), rtol=1e-12)
+    np.testing.assert_allclose(full_alignment(ds).kta_full_centred, centred_alignment(ds), rtol=1e-12)
+
+
+def test_outputs_that_share_nothing_and_are_alike_tell_the_conventions_apart():
+    """K_ab = δ_ab G: then KTA_full = Σ_a y_aᵀGy_a / (√c ‖G‖ ‖Y‖²), and KTA has ‖YYᵀ‖ in the place of √c ‖Y‖² / c."""
+    g, y = np.diag([3.0, 2.0, 1.0]), np.eye(3)[:, :2]
+    ds = with_kernels(2 * g[None], y[None]).assign(
+        ntk_full=(("snapshot", "sample", "output", "sample2", "output2"), np.einsum("ij,ab->iajb", g, np.eye(2))[None])
+    )
+    assert full_alignment(ds).kta_full.item() == pytest.approx(5 / (np.sqrt(2) * np.sqrt(14) * 2))
+    assert kernel_target_alignment(ds).item() == pytest.approx(5 / (np.sqrt(14) * np.sqrt(2)))
+
+
+@settings(deadline=None, max_examples=10)
+@given(shapes, st.floats(1e-2, 1e2))
+def test_all_outputs_may_be_scaled_reordered_and_turned_together(shape, scale):
+    ds, rng = with_all_outputs(**shape), np.random.default_rng(shape["seed"])
+    order = rng.permutation(shape["n"])
+    q, _ = np.linalg.qr(rng.standard_normal((shape["c"], shape["c"])))
+    moved = ds.isel(sample=order, sample2=order)
+    turned = np.einsum("siajb,ac,bd->sicjd", moved.ntk_full.values, q, q)
+    moved = with_values(moved, ntk_full=scale * turned, target=-scale * moved.target.values @ q)
+    xr.testing.assert_allclose(full_alignment(moved), full_alignment(ds), rtol=1e-8)
+
+
+def test_alignment_by_layer_is_that_of_each_part():
+    ds = with_all_outputs(4, 2, seed=1)
+    parts = np.stack([0.3 * ds.ntk.values, ds.ntk.values**2, 0 * ds.ntk.values], axis=1)
+    dims = ("snapshot", "layer", "sample", "sample2")
+    result = layer_alignment(ds.assign(ntk_layer=xr.Variable(dims, parts, {"names": ["U", "V", "unused"]})))
+    assert result.layer.values.tolist() == ["U", "V", "unused"]
+    for t in range(2):
+        for layer in range(2):
+            kernel, y = parts[t, layer], ds.target.values[t]
+            assert result.kta_layer.values[t, layer] == pytest.approx(naive_kta(kernel, y), rel=1e-10)
+            assert result.kta_layer_centred.values[t, layer] == pytest.approx(naive_centred_kta(kernel, y), rel=1e-8)
+    assert np.isnan(result.sel(layer="unused").to_dataarray()).all()
+    np.testing.assert_allclose(result.kta_layer.sel(layer="U"), kernel_target_alignment(ds), rtol=1e-12)

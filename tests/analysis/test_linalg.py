@@ -172,6 +172,60 @@ def test_scalars_of_a_kernel_make_no_float64_copy_of_it(measure):
     assert peak < kernel.nbytes / 2
 
 
+@settings(deadline=None, max_examples=15)
+@given(shapes, st.booleans())
+def test_products_of_all_pairs(shape, lazy):
+    kernel, _ = stacks(**shape)
+    products = linalg.gram(kernel.chunk(snapshot=2, sample=2) if lazy else kernel, "snapshot")
+    assert products.dims == ("snapshot", "other")
+    expected = [[np.trace(one.T @ other) for other in kernel.values] for one in kernel.values]
+    np.testing.assert_allclose(products, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_products_of_lazy_kernels_are_lazy_symmetric_and_the_same_every_time(no_compute):
+    kernel, _ = stacks(7, 4, 1, seed=0, dtype=np.float32)
+    lazy = linalg.gram(kernel.chunk(snapshot=3), "snapshot")
+    assert lazy.data.name == linalg.gram(kernel.chunk(snapshot=3), "snapshot").data.name
+    products = lazy.compute(scheduler="threads")
+    np.testing.assert_array_equal(products, products.T)
+    np.testing.assert_allclose(products, linalg.gram(kernel, "snapshot"), rtol=1e-13)
+
+
+@settings(deadline=None, max_examples=15)
+@given(shapes)
+def test_full_quadratic_form_is_that_of_the_flattened_kernel(shape):
+    _, y = stacks(**shape)
+    s, n, c = y.shape
+    full = np.random.default_rng(shape["seed"]).standard_normal((s, n, c, n, c))
+    found = linalg.full_quadratic_form(xr.DataArray(full, dims=("snapshot", *linalg.FULL)), y)
+    expected = [
+        sum(
+            y.values[t, i, a] * full[t, i, a, j, b] * y.values[t, j, b]
+            for i in range(n) for j in range(n) for a in range(c) for b in range(c)
+        )
+        for t in range(s)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=15)
+@given(shapes)
+def test_subspace_overlaps_are_sums_of_squared_products(shape):
+    one, _ = stacks(**shape)
+    other, _ = stacks(**shape | {"seed": shape["seed"] + 1})
+    found = linalg.subspace_overlaps(one.rename(sample2="eig"), other.rename(sample2="eig"))
+    for t in range(shape["s"]):
+        v, w = one.values[t], other.values[t]
+        for k in range(1, shape["n"] + 1):
+            expected = sum((v[:, i] @ w[:, j]) ** 2 for i in range(k) for j in range(k)) / k
+            np.testing.assert_allclose(found[t, k - 1], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_quotient_by_what_is_not_positive_is_missing():
+    found = linalg.ratio(xr.DataArray([1.0, 1, 1, 1]), xr.DataArray([2.0, 0, -1, np.nan]))
+    np.testing.assert_array_equal(found, [0.5, np.nan, np.nan, np.nan])
+
+
 def test_targets_that_repeat_along_the_rows_are_worked_on_once():
     seen = []
     once = linalg._once_if_repeated(lambda y: seen.append(len(y)) or linalg._outer_norm(y))

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from mock_sweep import mock_sweep, one_run
 
-from analysis.rows import one_row_per_run, require, runs_of
+from analysis.rows import join, one_row_per_run, require, runs_of, taken
 from pipeline.errors import InputError
 
 
@@ -58,3 +58,54 @@ def test_one_row_per_run_keeps_every_axis(sweep, select):
 def test_coordinates_of_rows_are_asked_for_by_name():
     with pytest.raises(InputError, match=r"phases needs `learning_rate`.* coordinate of every row"):
         require(mock_sweep("scalars").reset_index("snapshot").drop_vars("learning_rate"), "phases", "learning_rate")
+
+
+def test_followers_and_ends_are_of_the_same_run(sweep):
+    order = np.random.default_rng(0).permutation(sweep.sizes["snapshot"])
+    shuffled = sweep.isel(snapshot=order)
+    runs = runs_of(shuffled)
+    following, exists = runs.followers()
+    names, steps = shuffled.run.values, shuffled.step.values
+    for row, (name, step) in enumerate(zip(names, steps, strict=True)):
+        own = steps[names == name]
+        assert names[following[row]] == names[runs.ends(0)[row]] == names[runs.ends(-1)[row]] == name
+        assert steps[runs.ends(0)[row]] == own.min()
+        assert steps[runs.ends(-1)[row]] == own.max()
+        assert exists[row] == (step < own.max())
+        assert steps[following[row]] == (own[own > step].min() if exists[row] else step)
+    moved = taken(shuffled.trace, "snapshot", following)
+    np.testing.assert_array_equal(moved, shuffled.trace.values[following])
+    xr.testing.assert_identical(moved.coords.to_dataset(), shuffled.trace.coords.to_dataset())
+
+
+def test_joined_groups_have_the_rows_of_both(sweep):
+    scalars = mock_sweep("scalars", steps=(0, 10, 11)).isel(snapshot=slice(None, None, -1))
+    joined = join(sweep[["ntk", "target"]], scalars)
+    assert set(joined.data_vars) == {"ntk", "target", *scalars.data_vars}
+    assert all(joined[name].chunks is not None for name in joined.data_vars)
+    pairs = [*zip(joined.run.values, joined.step.values, strict=True)]
+    both = {*zip(scalars.run.values, scalars.step.values, strict=True)}
+    assert pairs == [pair for pair in zip(sweep.run.values, sweep.step.values, strict=True) if pair in both]
+    assert ("lr-0.1_seed-0", 10) in pairs
+    for row, (run, step) in enumerate(pairs):
+        there = (scalars.run == run) & (scalars.step == step)
+        assert joined.trace[row] == scalars.trace[there.values]
+        here = (sweep.run == run) & (sweep.step == step)
+        np.testing.assert_array_equal(joined.ntk[row], sweep.ntk[here.values][0])
+
+
+def test_a_join_keeps_the_values_of_the_first(sweep):
+    other = sweep.assign(trace=2 * sweep.trace.variable, extra=3 * sweep.trace.variable)
+    joined = join(sweep, other)
+    np.testing.assert_array_equal(joined.trace, sweep.trace)
+    np.testing.assert_array_equal(joined.extra, 3 * sweep.trace)
+
+
+def test_groups_without_a_common_row_are_refused(sweep):
+    with pytest.raises(InputError, match="share no row of the same run and step: record both at a common cadence"):
+        join(sweep, mock_sweep("scalars", steps=(2, 3)))
+
+
+def test_groups_opened_in_different_ways_are_refused(sweep):
+    with pytest.raises(InputError, match="one group lie along `snapshot`, of the other along `step`: open both by"):
+        join(sweep, one_run(sweep, "lr-0.1_seed-0"))

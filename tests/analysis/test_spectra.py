@@ -5,8 +5,9 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mock_sweep import mock_sweep
 
-from analysis.spectra import effective_rank, normalised_eigenvalue
+from analysis.spectra import effective_rank, normalised_eigenvalue, top_mass, trace_ratio
 
 
 def kernels(*matrices):
@@ -63,3 +64,28 @@ def test_both_stay_lazy(no_compute):
     kernel = kernels(np.eye(3), np.eye(3)).chunk(snapshot=1)
     assert effective_rank(kernel).chunks == ((1, 1),)
     assert normalised_eigenvalue(kernel[:, 0].rename(sample2="eig"), kernel[:, 0, 0]).chunks is not None
+
+
+@settings(deadline=None, max_examples=10)
+@given(n=st.integers(2, 5), seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6))
+def test_shares_of_the_leading_modes_are_those_of_the_kernel(n, seed, scale):
+    ds = mock_sweep(n=n, k=n, seed=seed, dtype=float, steps=(0, 1)).compute()
+    scaled = ds.assign({name: scale * ds[name].variable for name in ("eigenvalue", "trace", "frobenius_norm")})
+    ratios, masses = trace_ratio(scaled), top_mass(scaled)
+    for t, kernel in enumerate(ds.ntk.values):
+        values = sorted(np.linalg.eigvals(kernel).real, reverse=True)
+        for k in range(1, n + 1):
+            assert ratios.values[t, k - 1] == pytest.approx(sum(values[:k]) / sum(values), rel=1e-9)
+            squares = [value**2 for value in values]
+            assert masses.values[t, k - 1] == pytest.approx(sum(squares[:k]) / sum(squares), rel=1e-9)
+    np.testing.assert_allclose(ratios[:, -1], 1, rtol=1e-10)
+    np.testing.assert_allclose(masses[:, -1], 1, rtol=1e-10)
+
+
+def test_shares_of_missing_and_zero_spectra_are_missing(exact_sweep):
+    ds = exact_sweep.compute()
+    ds["eigenvalue"][1] = np.nan
+    ds["trace"][2] = ds["frobenius_norm"][2] = 0
+    for share in (trace_ratio(ds), top_mass(ds)):
+        assert np.isnan(share[[1, 2]]).all()
+        assert np.isfinite(share[[0, 3]]).all()

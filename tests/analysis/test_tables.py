@@ -30,7 +30,7 @@ def test_the_page_shows_queries_that_work(tmp_path):
         for name in TABLES:
             tables.create_table(connection, name)
         queries = [query for query in examples.split(";") if query.strip()]
-        assert len(queries) == 4
+        assert len(queries) == 6
         for query in queries:
             assert connection.execute(query).fetchall() == []
 
