@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from analysis.distance import cka, kernel_distance, kernel_velocity, polar
     from analysis.eigenspace import eigenspace, eigenspace_overlap
     from analysis.energy import energy
+    from analysis.generalisation import held_out, held_out_alignment, held_out_error, kernel_regression
     from analysis.kernels import kernel, layers
     from analysis.load import open_run, open_sweep
     from analysis.matched import at_loss
@@ -33,6 +34,7 @@ _HOMES = {
     "distance": ["cka", "kernel_distance", "kernel_velocity", "polar"],
     "eigenspace": ["eigenspace", "eigenspace_overlap"],
     "energy": ["energy"],
+    "generalisation": ["held_out", "held_out_alignment", "held_out_error", "kernel_regression"],
     "kernels": ["kernel", "layers"],
     "load": ["open_run", "open_sweep"],
     "matched": ["at_loss"],
@@ -45,8 +47,9 @@ _HOMES = {
 
 __all__ = [
     "alignment", "at_loss", "cka", "complexity", "eigenspace", "eigenspace_overlap", "energy", "full_alignment",
-    "gap_bound", "join", "kernel", "kernel_distance", "kernel_velocity", "layer_alignment", "layers", "open_run",
-    "open_sweep", "phase_summary", "phases", "polar", "sharpness_gap", "specialisation", "top_mass", "trace_ratio",
+    "gap_bound", "held_out", "held_out_alignment", "held_out_error", "join", "kernel", "kernel_distance",
+    "kernel_regression", "kernel_velocity", "layer_alignment", "layers", "open_run", "open_sweep", "phase_summary",
+    "phases", "polar", "sharpness_gap", "specialisation", "top_mass", "trace_ratio",
 ]  # fmt: skip
 
 

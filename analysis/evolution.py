@@ -126,6 +126,34 @@ MEASURES = {
         ("hessian", "scalars"),
         ("hessian_sharpness", "sharpness_gap"),
     ),
+    "held_out_alignment": Measure(
+        ("ntk_test", "prediction_test", "test_target"),
+        "KTA, centred KTA and C(k) of K_test and Y_test, of held-out examples",
+        "Cristianini et al. 2001; Canatar, Bordelon, Pehlevan 2021",
+        ("snapshots",),
+        ("kta_test", "kta_centred_test", "cumulative_alignment_test"),
+    ),
+    "held_out_error": Measure(
+        ("prediction_test", "test_target"),
+        "‖f - Y‖² / 2m on the m held-out examples; the share of them classified wrong",
+        "standard",
+        ("snapshots",),
+        ("test_squared_error", "test_error_rate"),
+    ),
+    "kernel_regression": Measure(
+        ("ntk", "ntk_cross", "target", "prediction_test", "test_target"),
+        "errors of f_K = K_cross K⁺ Y on the held-out examples; its correlation with f, ‖f_K - f‖ / ‖f‖, and the share "
+        "of the examples that both put in one class",
+        "Atanasov, Bordelon, Pehlevan 2021",
+        ("snapshots",),
+        (
+            "regression_squared_error",
+            "regression_error_rate",
+            "regression_correlation",
+            "regression_distance",
+            "regression_agreement",
+        ),
+    ),
     "complexity": Measure(
         ("parameter", "trace"),
         "‖θ_t - θ_0‖; Σ_{u<t} ‖θ_{u+1} - θ_u‖ sqrt(tr K_u)",

@@ -10,7 +10,7 @@ import xarray as xr
 
 from analysis.rows import require
 from pipeline.errors import InputError
-from pipeline.schema import OF_A_KERNEL, ON_REQUEST, kernel_of
+from pipeline.schema import OF_A_KERNEL, ON_REQUEST, TEST_KERNELS, kernel_of
 
 
 def kernel(ds: xr.Dataset, name: str) -> xr.Dataset:
@@ -61,6 +61,5 @@ def layers(ds: xr.Dataset) -> xr.Dataset:
 
 def _without_kernels(ds: xr.Dataset) -> xr.Dataset:
     """The dataset without what belongs to a kernel."""
-    return ds.drop_vars([
-        name for name in map(str, ds.data_vars) if name in OF_A_KERNEL or name in ON_REQUEST or kernel_of(name)
-    ])  # fmt: skip
+    own = {*OF_A_KERNEL, *ON_REQUEST, *TEST_KERNELS}
+    return ds.drop_vars([name for name in map(str, ds.data_vars) if name in own or kernel_of(name)])

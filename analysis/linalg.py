@@ -138,6 +138,37 @@ def eigenvalues(kernel: xr.DataArray) -> xr.DataArray:
     return _on_stacks(_eigenvalues, (kernel, KERNEL), out=("mode",), sizes={"mode": kernel.sizes["sample"]})
 
 
+def eigenvectors(kernel: xr.DataArray) -> xr.DataArray:
+    """All eigenvectors of symmetric kernels (..., n, n), of descending eigenvalues, as columns (..., n, n) along `eig`.
+
+    A kernel with a value that is not finite never meets the eigensolver: its eigenvectors are NaN.
+    """
+    return _on_stacks(_eigenvectors, (kernel, KERNEL), out=VECTORS, sizes={"eig": kernel.sizes["sample"]})
+
+
+def kernel_regression(kernel: xr.DataArray, cross: xr.DataArray, y: xr.DataArray, ridge: float) -> xr.DataArray:
+    """K_cross (K + ridge I)⁺ Y, without what rounding makes of the small eigenvalues.
+
+    Eigenvalues of K + ridge I up to n ε times the largest one count as 0, ε being that of the dtype of the kernels.
+
+    Args:
+        kernel: K (..., n, n), symmetric.
+        cross: K_cross (..., m, n), along `test_sample` and `sample`.
+        y: one column per output (..., n, c).
+        ridge: at least 0.
+
+    Returns:
+        Float64 (..., m, c); NaN where a kernel is not finite.
+    """
+    return _on_stacks(
+        partial(_kernel_regression, ridge=ridge),
+        (kernel, KERNEL),
+        (cross, ("test_sample", "sample")),
+        (y, TARGET),
+        out=("test_sample", "output"),
+    )
+
+
 def ratio(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
     """The quotient, NaN where the denominator is not positive."""
     return numerator / denominator.where(denominator > 0)
@@ -245,3 +276,24 @@ def _eigenvalues(kernel: NDArray[Any]) -> Array:
         if np.isfinite(kernel[row]).all():
             values[row] = np.linalg.eigvalsh(kernel[row].astype(np.float64))[::-1]
     return values
+
+
+def _eigenvectors(kernel: NDArray[Any]) -> Array:
+    vectors = np.full(kernel.shape, np.nan)
+    for row in np.ndindex(*kernel.shape[:-2]):
+        if np.isfinite(kernel[row]).all():
+            vectors[row] = np.linalg.eigh(kernel[row].astype(np.float64))[1][:, ::-1]
+    return vectors
+
+
+def _kernel_regression(kernel: NDArray[Any], cross: NDArray[Any], y: NDArray[Any], ridge: float) -> Array:
+    unknown = kernel.shape[-1] * np.finfo(kernel.dtype).eps
+    result = np.full((*cross.shape[:-1], y.shape[-1]), np.nan)
+    for row in np.ndindex(*kernel.shape[:-2]):
+        if np.isfinite(kernel[row]).all() and np.isfinite(cross[row]).all():
+            values, vectors = np.linalg.eigh(kernel[row].astype(np.float64))
+            values = values + ridge
+            known = values > unknown * values[-1]
+            leading = vectors[:, known]
+            result[row] = cross[row] @ (leading @ ((leading.T @ y[row]) / values[known, None]))
+    return result

@@ -66,12 +66,13 @@ def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: st
 
     Returns:
         Rows along `snapshot`, a MultiIndex of the grid's axes and `step`; the variables of the group and
-        `target` (snapshot, sample, output), lazy; `run`, `status` and `loss` of each row as coordinates in memory
+        `target` (snapshot, sample, output), lazy, beside what was recorded on held-out examples also `test_target`
+        (snapshot, test_sample, output); `run`, `status` and `loss` of each row as coordinates in memory
         (`loss` is data in the group train). `parameter` and `ntk_layer` are left out where the models differ.
 
     Raises:
         MissingError: if no run is left, or none has a committed row in `group`.
-        InputError: for an unknown group, a condition that DuckDB refuses, or runs that differ in n, c or k.
+        InputError: for an unknown group, a condition that DuckDB refuses, or runs that differ in n, m, c or k.
     """
     return open_runs(list_runs(root) if where is None else select(list_runs(root), where), group)
 
@@ -183,13 +184,11 @@ def _variables(runs: Sequence[Run], group: str) -> dict[str, tuple[Any, ...]]:
                 )
                 for run in runs
             ]
-            dims = ("snapshot", *variable.dims[1:])
+            dims = ("snapshot", *node["dimension_names"][1:])
             variables[variable.name] = (dims, da.concatenate(parts), dict(node["attributes"]))
-    variables["target"] = (
-        ("snapshot", *schema.PROBE["target"].dims),
-        da.concatenate([_repeated(run, run.lengths[group], rows) for run in runs]),
-        _described(schema.PROBE["target"]),
-    )
+    variables["target"] = _targets(runs, schema.PROBE["target"], group, rows)
+    if any("test_sample" in node["dimension_names"] for node in nodes.values()):
+        variables["test_target"] = _targets(runs, schema.TEST_PROBE["test_target"], group, rows)
     for _, _, attributes in variables.values():
         attributes.pop("coordinates", None)
     return variables
@@ -202,15 +201,23 @@ def _same(runs: Iterable[Run], name: str) -> bool:
     return len({(*node["shape"][1:], *node["attributes"].get("names", ())) for node in nodes}) == 1
 
 
-def _repeated(run: Run, length: int, rows: int) -> da.Array:
-    """The run's targets once per row (length, n, c), without a copy per row."""
-    target = _stored(run, "probe/target", -1)
-    blocks = da.core.normalize_chunks((rows,), (length,))[0]
-    return da.broadcast_to(target, (length, *target.shape), chunks=(blocks, *target.chunks))
+def _targets(runs: Sequence[Run], variable: schema.Variable, group: str, rows: int) -> tuple[Any, ...]:
+    """The targets of each run once per row of it, without a copy per row; NaN for a run that has none."""
+    stored = [
+        _stored(run, f"probe/{variable.name}", -1) if variable.name in run.arrays("probe") else None for run in runs
+    ]
+    some = next(target for target in stored if target is not None)
+    parts = []
+    for run, own in zip(runs, stored, strict=True):
+        target = da.full(some.shape, np.nan, dtype=some.dtype, chunks=some.chunks) if own is None else own
+        blocks = da.core.normalize_chunks((rows,), (run.lengths[group],))[0]
+        shape = (run.lengths[group], *target.shape)
+        parts.append(da.broadcast_to(target, shape, chunks=(blocks, *target.chunks)))
+    return ("snapshot", *variable.dims), da.concatenate(parts), _described(variable)
 
 
 def _check_sizes(runs: Sequence[Run], group: str) -> None:
-    """Runs of one dataset must have the same n, c and k."""
+    """Runs of one dataset must have the same n, m, c and k."""
     seen: dict[str, tuple[str, int]] = {}
     for run in runs:
         for letter, size in run_sizes(run, group).items():

@@ -25,6 +25,7 @@ from analysis import evolution
 from analysis.tables import LEADING, at
 from pipeline.disk import Directory
 from pipeline.errors import DamagedStore, InputError, MissingError
+from pipeline.schema import TEST_SCALARS
 from pipeline.store import Run, find_run, list_runs
 
 if TYPE_CHECKING:  # imported where something is computed: to see that nothing is stale takes none of it
@@ -64,9 +65,7 @@ def _alignment(run: Run) -> "list[xr.Dataset]":
         if run.lengths.get(group):
             ds = open_runs([run], group)
             measured = alignment(ds)
-            columns = {"loss": ds["loss"]}
-            if "ntk_sharpness" in ds:
-                columns["ntk_sharpness"] = ds["ntk_sharpness"]
+            columns = {name: ds[name] for name in ("loss", *TEST_SCALARS, "ntk_sharpness") if name in ds}
             columns |= {name: measured[name] for name in ("kta", "kta_centred", "effective_rank") if name in measured}
             if "cumulative_alignment" in measured:
                 leading = measured["cumulative_alignment"]

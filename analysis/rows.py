@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.schema import GROUPS, PROBE, ROW, variables_of
+from pipeline.schema import GROUPS, HELD_OUT, PROBE, ROW, TEST_PROBE, variables_of
 
 ROW_DIMS = ("snapshot", "step")
 
@@ -162,6 +162,8 @@ def require(ds: xr.Dataset, measure: str, *names: str) -> None:
         groups = [group for group in GROUPS if variables_of(group, [name])]
         if name in PROBE:
             hint = f"It lies in the group probe; analysis.open_sweep and open_run add it, or ds.assign({name}=...)"
+        elif name in HELD_OUT or name in TEST_PROBE:
+            hint = "A run has it, in the group snapshots, where its study holds out m examples: record.test = m"
         elif name in ROW:
             hint = "It is a coordinate of every row that analysis.open_sweep and open_run return"
         else:

@@ -86,6 +86,7 @@ TABLES: dict[str, Layout] = {
             Column("loss_function", "VARCHAR", "", "Name of the loss."),
             Column("update_rule", "VARCHAR", "", "Name of the update rule."),
             Column("n", "BIGINT", "1", "Probe examples."),
+            Column("m", "BIGINT", "1", "Held-out examples."),
             Column("c", "BIGINT", "1", "Outputs."),
             Column("p", "BIGINT", "1", "Parameters."),
             Column("k", "BIGINT", "1", "Eigenpairs recorded."),
@@ -115,7 +116,7 @@ TABLES: dict[str, Layout] = {
             Column("position", "BIGINT", "1", "Place of the row in the run's group snapshots, counted from 0."),
             STEP,
             LOSS,
-            *_stored(*schema.SCALARS.values()),
+            *_stored(*schema.SCALARS.values(), *schema.TEST_SCALARS.values()),
         ),
     ),
     "train": Layout(
@@ -128,7 +129,7 @@ TABLES: dict[str, Layout] = {
             RUN_ID,
             STEP,
             LOSS,
-            *_stored(schema.SCALARS["ntk_sharpness"]),
+            *_stored(*schema.TEST_SCALARS.values(), schema.SCALARS["ntk_sharpness"]),
             Column("kta", "DOUBLE", "1", "Kernel target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)."),
             Column("kta_centred", "DOUBLE", "1", "The same of the centred kernel and targets; at snapshots."),
             Column("effective_rank", "DOUBLE", "1", "exp(-Σ p_i log p_i), p_i = λ_i / Σ λ; at snapshots."),
@@ -225,7 +226,7 @@ TABLES: dict[str, Layout] = {
 }  # fmt: skip
 
 DTYPES = {"BIGINT": "Int64", "DOUBLE": "Float64", "BOOLEAN": "boolean", "TIMESTAMP": "datetime64[us]"}
-SIZES = {"sample": "n", "output": "c", "eig": "k", "parameter_index": "p"}
+SIZES = {"sample": "n", "test_sample": "m", "output": "c", "eig": "k", "parameter_index": "p"}
 
 
 def create_table(connection: "duckdb.DuckDBPyConnection", name: str) -> None:
@@ -345,7 +346,7 @@ def run_axes(run: Run) -> dict[str, Any]:
 
 
 def run_sizes(run: Run, group: str) -> dict[str, int]:
-    """n, c, k and p, as far as the variables of a group and the targets have them."""
+    """n, m, c, k and p, as far as the variables of a group and the targets have them."""
     nodes = [*run.arrays(group).values(), run.node("probe/target")]
     return {
         SIZES[dim]: size

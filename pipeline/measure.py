@@ -4,6 +4,8 @@
              -> λ_i, v_i, and f on the examples              `spectra`
              -> K itself, its parts, and the parameters      `snapshots`
     loss L   -> largest eigenvalues of ∂²L/∂θ²               `hessian`
+    held out -> L and the accuracy                           `scalars`
+             -> J_test J_testᵀ, J_test Jᵀ, and f             `snapshots`
 
 Kernels come in the model's dtype. Sums over one run in float64, from the kernel before it is rounded for storage, and
 so do its eigenpairs. An eigensolver starts where it ended at the row before, so what a row holds depends on the rows
@@ -25,11 +27,11 @@ from torch import Tensor, nn
 from pipeline import schema
 from pipeline.errors import InputError
 from pipeline.kernels import KERNELS, NTK
-from pipeline.losses import Loss
+from pipeline.losses import Loss, accuracy
 from pipeline.operators import HessianOperator, Preconditioned
 from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, lanczos, top_eigenvalue
 
-PARTS = ("kernel", "eigenpairs", "scalars", "other_kernels", "hessian")
+PARTS = ("kernel", "eigenpairs", "scalars", "other_kernels", "hessian", "test")
 
 # Kernels that do not depend on the model: what they are is measured once.
 CONSTANT = ("nngp", "infinite_ntk")
@@ -57,6 +59,45 @@ class _Watched:
     known: dict[str, Any] | None = None
 
 
+@dataclass
+class _HeldOut:
+    """Examples that the model is not trained on.
+
+    Attributes:
+        x: (m, ...).
+        y: their targets (m, c).
+        criterion: the loss (prediction, target) -> scalar.
+        labels: whether the targets are class labels.
+        kernel: model -> J_test J_testᵀ (m, m).
+        cross: model -> J_test Jᵀ (m, n), with the examples that kernels are taken on.
+    """
+
+    x: Tensor
+    y: Tensor
+    criterion: Loss
+    labels: bool
+    kernel: NTK
+    cross: NTK
+
+    @property
+    def variables(self) -> list[str]:
+        """What is measured."""
+        return [name for name in schema.HELD_OUT if self.labels or name != "test_accuracy"]
+
+    def measured(self, model: nn.Module, kernels: bool) -> dict[str, Any]:
+        """The scalars by name; with `kernels` also those and the outputs."""
+        with torch.no_grad():
+            prediction = model(self.x)
+            values: dict[str, Any] = {"test_loss": self.criterion(prediction, self.y).item()}
+        if self.labels:
+            values["test_accuracy"] = accuracy(prediction, self.y)
+        if kernels:
+            values["prediction_test"] = prediction.numpy(force=True)
+            values["ntk_test"] = self.kernel(model).numpy(force=True)
+            values["ntk_cross"] = self.cross(model).numpy(force=True)
+        return values
+
+
 class Measure:
     """Turns a model into the rows of the groups that are due.
 
@@ -67,9 +108,11 @@ class Measure:
         kernels: the kernels that are measured. The variables of the first one have no prefix.
         layers: measure the parts of the NTK by tensor as well.
         full: keep the NTK of all pairs of outputs.
-        criterion: the loss (prediction, target) -> scalar, for the group `hessian`.
+        criterion: the loss (prediction, target) -> scalar, for the group `hessian` and the held-out examples.
         hessian_eigenpairs: leading eigenvalues of the Hessian.
         preconditioned: measure the sharpness of the preconditioned Hessian as well.
+        test: held-out examples (m, ...) and their targets (m, c), whose kernels with `x` are then measured as well.
+        labels: whether targets are class labels, so that there is an accuracy.
         outputs: c, if there are no targets to tell.
 
     Attributes:
@@ -91,6 +134,8 @@ class Measure:
         criterion: Loss | None = None,
         hessian_eigenpairs: int = 1,
         preconditioned: bool = False,
+        test: tuple[Tensor, Tensor] | None = None,
+        labels: bool = False,
         outputs: int | None = None,
     ) -> None:
         self._x, self._y, self._k = x, y, eigenpairs
@@ -107,14 +152,23 @@ class Measure:
             raise InputError(
                 "ntk_full: a network of one output has one pair of outputs, whose kernel is ntk: leave it out"
             )
-        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full, preconditioned)
+        self._test: _HeldOut | None = None
+        if test is not None:
+            if criterion is None:
+                raise InputError("test: needs the loss; give criterion=, a function (prediction, target) -> loss")
+            self._test = _HeldOut(*test, criterion, labels, NTK(test[0]), NTK(test[0], x))
+        held_out = self._test.variables if self._test else ()
+        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full, preconditioned, held_out)
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property
     def dims(self) -> dict[str, int]:
         """Lengths of the dimensions that do not depend on the model."""
-        n, c = self._n, self._c
-        return {"sample": n, "sample2": n, "output": c, "output2": c, "eig": self._k, "hessian_eig": self._hessian_k}
+        n, c, m = self._n, self._c, 0 if self._test is None else len(self._test.x)
+        return {
+            "sample": n, "sample2": n, "output": c, "output2": c, "eig": self._k, "hessian_eig": self._hessian_k,
+            "test_sample": m, "test_sample2": m,
+        }  # fmt: skip
 
     def _watched(self, kernel: Mapping[str, Any], prefix: str) -> _Watched:
         options = {name: value for name, value in kernel.items() if name != "name"}
@@ -152,6 +206,9 @@ class Measure:
             values |= self._of_parameters(model)
         if "hessian" in wanted:
             values |= self._of_hessian(model, values, preconditioner)
+        if self._test is not None and wanted & {"scalars", "snapshots"}:
+            with self._timed("test"):
+                values |= self._test.measured(model, kernels="snapshots" in wanted)
         return {group: {name: values[name] for name in self.variables[group] if name in values} for group in wanted}
 
     def state(self) -> dict[str, Tensor]:

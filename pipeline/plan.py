@@ -15,7 +15,7 @@ from pipeline import schema
 from pipeline.cadence import row_capacity
 from pipeline.config import File, Imported, Record, RunConfig, StochasticGradientDescent, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
-from pipeline.data import load_data, needs_download
+from pipeline.data import load_data, load_test, needs_download
 from pipeline.disk import Directory
 from pipeline.errors import InputError
 from pipeline.store import FINAL, LEASE, RECORD, Run, chain_seed, read_run, run_path
@@ -199,9 +199,11 @@ def _check_data(config: RunConfig, run: Run) -> None:
     """Refuse to call a run done that was recorded on other contents of its file: the name alone is its identity."""
     if not isinstance(config.data, File):
         return
-    data = load_data(config.data, config.seed)
     dtype = config.compute.dtype
-    probe = {"sample_index": data.sample_index, "input": data.x.astype(dtype), "target": data.y.astype(dtype)}
+    probe = load_data(config.data, config.seed).arrays(dtype)
+    if config.record.test:
+        held_out = load_test(config.data, config.seed, config.record.test).arrays(dtype)
+        probe |= {f"test_{name}": array for name, array in held_out.items()}
     if chain_seed(config.identity(), probe).hex() != run.attrs["seed_digest"]:
         raise InputError(
             f"run {run.run_id} was recorded on other data than {config.data.file} holds now: write to another root, "
@@ -218,8 +220,8 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
 
     Raises:
         RunLocked: if another process writes all of them.
-        InputError: if the device of all of them is not there, their data cannot be downloaded, or the imported model of
-            all of them cannot be used.
+        InputError: if the device of all of them is not there, their data cannot be downloaded, the imported model of
+            all of them cannot be used, or their one dataset has too few examples left to be held out.
     """
     runs = [one.config for one in planned]
     first = runs[0]
@@ -233,6 +235,9 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
         find_device(device)
     if all(needs_download(run.data) for run in runs):
         load_data(first.data, first.seed)  # once and here, not by every worker at a time
+    held_out = first.record.test
+    if held_out and all((run.data, run.record.test) == (first.data, held_out) for run in runs):
+        load_test(first.data, first.seed, held_out)
     if isinstance(first.model, Imported) and all(run.model == first.model for run in runs):
         import torch
 
@@ -264,7 +269,7 @@ def _nbytes(
     sizes = {
         "step": 1, "sample": samples, "sample2": samples, "output": outputs, "output2": outputs, "byte": 16,
         "eig": record.eigenpairs, "hessian_eig": record.hessian_eigenpairs or 1, "parameter_index": parameters,
-        "layer": tensors or 0,
+        "layer": tensors or 0, "test_sample": record.test or 0, "test_sample2": record.test or 0,
     }  # fmt: skip
 
     def size(variable: schema.Variable) -> int:
@@ -273,8 +278,11 @@ def _nbytes(
 
     others = [kernel["name"] for kernel in record.kernel_tables()[1:]]
     preconditioned = run.update.preconditioned
-    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full), preconditioned)
+    test = schema.HELD_OUT if record.test else ()
+    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full), preconditioned, test)
     names["train"] = [*schema.TRAIN, *schema.GIVEN_BY[run.process]]
     growing = sum(count * sum(map(size, schema.row_variables(group, names[group]))) for group, count in rows.items())
-    probe = {name: size(variable) for name, variable in schema.PROBE.items()}
-    return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)
+    held_out = schema.TEST_PROBE if record.test else {}
+    probe = {name: size(variable) for name, variable in (schema.PROBE | held_out).items()}
+    inputs = probe["input"] + probe.get("test_input", 0)
+    return growing + sum(probe.values()) + inputs * (math.prod(features) - 1)

@@ -107,10 +107,13 @@ class Recorder:
         kernels: kernels to record, "ntk" among them: names, or tables of a name and options, as in a study file.
         layers: record the part of the NTK of each trained tensor, `ntk_layer`.
         ntk_full: record the NTK of all pairs of outputs, `ntk_full`.
-        criterion: the loss as a function (prediction, target) -> scalar; needed for a cadence of `hessian`.
+        criterion: the loss as a function (prediction, target) -> scalar; needed for a cadence of `hessian`, and for
+            `test`.
         hessian_eigenpairs: leading eigenvalues of the Hessian kept.
-        train: what `record` is told at every step, of `loss`, `accuracy`, `grad_norm`, `oscillation` and
-                `critical`.
+        test: held-out examples: their kernels `ntk_test` and `ntk_cross` and outputs are recorded with the snapshots,
+            their `test_loss` with the scalars too, and so is their `test_accuracy` where `train` has the accuracy.
+            Needs `criterion`.
+        train: what `record` is told at every step, of `loss`, `accuracy`, `grad_norm`, `oscillation` and `critical`.
         state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
             were at the last commit is in `restored_state` after `with`.
         preconditioner: returns the diagonal P (p,) of the trained parameters by which the update divides the gradient;
@@ -144,6 +147,7 @@ class Recorder:
         ntk_full: bool = False,
         criterion: Loss | None = None,
         hessian_eigenpairs: int = 1,
+        test: Probe | None = None,
         train: Sequence[str] = ("loss",),
         state: Callable[[], Mapping[str, Tensor]] | None = None,
         preconditioner: Callable[[], Tensor] | None = None,
@@ -163,7 +167,7 @@ class Recorder:
             raise InputError(f"eigenpairs = {eigenpairs}: must be from 1 to n = {len(probe.input)}")
         if hessian_eigenpairs < 1:
             raise InputError(f"hessian_eigenpairs = {hessian_eigenpairs}: must be at least 1")
-        self.model, self.probe, self.root, self.steps = model, probe, root, steps
+        self.model, self.probe, self.test, self.root, self.steps = model, probe, test, root, steps
         chosen = _chosen(kernels)
         recorded = {"eigenpairs": eigenpairs, "loss_levels": list(loss_levels)} | {
             group: {name: value for name, value in vars(cadence).items() if value is not None}
@@ -176,6 +180,7 @@ class Recorder:
             "ntk_full": ntk_full or None,
             "hessian_eigenpairs": hessian_eigenpairs if hessian_eigenpairs > 1 else None,
             "preconditioned": True if preconditioner and "hessian" in cadences else None,
+            "test": None if test is None else len(test.input),
         }
         recorded |= {name: value for name, value in requests.items() if value is not None}
         self.identity = {"record": recorded, **identity, "learning_rate": learning_rate, "seed": seed}
@@ -193,6 +198,14 @@ class Recorder:
         if probe.target.ndim != 2 or len(probe.target) != len(probe.input):
             shapes = f"{tuple(probe.input.shape)} and {tuple(probe.target.shape)}"
             raise InputError(f"probe of shapes {shapes}: must be (n, ...) and (n, c) with one n")
+        if test is not None:
+            got, like = ((one.input.shape[1:], one.target.shape[1:]) for one in (test, probe))
+            if got != like or len(test.input) != len(test.target) or not len(test.input):
+                shapes = f"{tuple(test.input.shape)} and {tuple(test.target.shape)}"
+                raise InputError(
+                    f"test of shapes {shapes}: must be (m, ...) and (m, c) with one m, and examples of shape "
+                    f"{tuple(like[0])} and {tuple(like[1])} as the probe has them"
+                )
         self._measure = Measure(
             probe.input,
             probe.target,
@@ -203,6 +216,8 @@ class Recorder:
             criterion=criterion,
             hessian_eigenpairs=hessian_eigenpairs,
             preconditioned=preconditioner is not None,
+            test=None if test is None else (test.input, test.target),
+            labels="accuracy" in train,
         )
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -211,6 +226,8 @@ class Recorder:
         parameters = dict(self.model.named_parameters())
         dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
         arrays = self.probe.arrays()
+        if self.test is not None:
+            arrays |= {f"test_{name}": array for name, array in self.test.arrays().items()}
         now = provenance(
             torch=torch.__version__,
             threads=self._threads,

@@ -8,7 +8,7 @@ The result is a run of a store of its own, written and committed as every run is
 
 whose group `snapshots` has the asked kernel under the names of the NTK, and whose group `probe` has the examples, so
 that `analysis.open_sweep` and every measure read it. With other examples than the training set it also has the kernel
-between the two, `ntk_cross`. It is computed again only where the run has changed since.
+between the two, `ntk_train_cross`. It is computed again only where the run has changed since.
 
 On the training examples a replayed NTK has the bits of the stored one: it is the same code on the same numbers.
 """
@@ -277,7 +277,7 @@ def _measure_into(
     cross = None if examples.label == "train" else KERNELS[kernel["name"]](x, train, **options)
     left_out = {"parameter"} | (set() if examples.targets else {"target_energy"})
     names = [name for name in measure.variables["snapshots"] if name not in left_out]
-    names += ["ntk_cross"] if cross is not None else []
+    names += ["ntk_train_cross"] if cross is not None else []
     trained = trained_names(model)
     now = provenance(
         torch=torch.__version__, threads=torch.get_num_threads(), device=str(like.device),
@@ -314,7 +314,7 @@ def _measure_into(
             _check_predictions(source, model, row, train)
             values = measure.rows(model, {"snapshots"})["snapshots"]
             if cross is not None:
-                values["ntk_cross"] = cross(model).numpy(force=True)
+                values["ntk_train_cross"] = cross(model).numpy(force=True)
             known = {name: source.read(f"snapshots/{name}", row, row + 1)[0] for name in schema.ROW}
             writer.append(step, {"snapshots": {**values, **known}})
             if time.monotonic() - committed > COMMIT_SECONDS or writer.pending_bytes > MEMORY_BUDGET:

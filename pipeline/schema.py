@@ -5,15 +5,17 @@ Letters of the dimensions, the same in code, docstrings and stores:
     n  probe examples   `sample`, `sample2`      k  eigenpairs         `eig`; of the Hessian `hessian_eig`
     c  outputs          `output`, `output2`      s  rows               `step` in a run, `snapshot` in a sweep
     p  parameters       `parameter_index`        l  trained tensors    `layer`
-    m  training examples beside another probe    `train_sample`
+    m  held-out examples `test_sample`, `test_sample2`
+    t  training examples of a replayed run, whose own are the probe's    `train_sample`
 
 Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent
 kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L the loss, (1/2n) ‖f - y‖² unless the
 study says otherwise, and H its Hessian ∂²L/∂θ².
 
 `GROUPS` is what every run has, but for the group `hessian`. A study may ask for more, which `variables_of` describes:
-the parts of the kernel by tensor, all its pairs of outputs, and other kernels, whose variables are those of the NTK
-with the kernel's name in front. A process other than the steps of an update rule has columns of its own in `train`.
+the parts of the kernel by tensor, all its pairs of outputs, a held-out probe, and other kernels, whose variables are
+those of the NTK with the kernel's name in front. A process other than the steps of an update rule has columns of its
+own in `train`.
 """
 
 from collections.abc import Iterable
@@ -132,8 +134,35 @@ ON_REQUEST = _by_name([
         "K_ab on the probe for each pair of outputs; the sum over a = b is `ntk`.", rows_per_chunk=None,
     ),
     Variable(
-        "ntk_cross", ("step", "sample", "train_sample"), "float32", "1", "NTK of the probe and the training examples",
-        "J J_trainᵀ, summed over outputs; only where the probe is not the training set.", rows_per_chunk=None,
+        "ntk_train_cross", ("step", "sample", "train_sample"), "float32", "1",
+        "NTK of the probe and the training examples",
+        "J J_trainᵀ, summed over outputs; of a replayed run, whose probe is not the training set.",
+        rows_per_chunk=None,
+    ),
+])  # fmt: skip
+
+# What is measured on held-out examples, if there are any; `snapshots` has these scalars too.
+TEST_SCALARS = _by_name([
+    Variable("test_loss", ("step",), "float64", "1", "held-out loss", "The loss L on the held-out examples."),
+    Variable(
+        "test_accuracy", ("step",), "float64", "1", "held-out accuracy",
+        "Share of the held-out examples classified right.",
+    ),
+])  # fmt: skip
+TEST_KERNELS = _by_name([
+    Variable(
+        "ntk_test", ("step", "test_sample", "test_sample2"), "float32", "1", "NTK of the held-out examples",
+        "J_test J_testᵀ, summed over outputs.", rows_per_chunk=None,
+    ),
+    Variable(
+        "ntk_cross", ("step", "test_sample", "sample"), "float32", "1", "NTK of the held-out and the probe's examples",
+        "J_test Jᵀ, summed over outputs.", rows_per_chunk=None,
+    ),
+])  # fmt: skip
+HELD_OUT = TEST_KERNELS | TEST_SCALARS | _by_name([
+    Variable(
+        "prediction_test", ("step", "test_sample", "output"), "model", "1", "network output on the held-out examples",
+        "f(θ) on the held-out examples.", rows_per_chunk=None,
     ),
 ])  # fmt: skip
 
@@ -179,6 +208,7 @@ TRAIN = _by_name([
             "scalars": "norms, energies and network outputs of this step",
             "other_kernels": "all that was measured of other kernels at this step",
             "hessian": "the eigenvalues of the Hessian at this step",
+            "test": "what was measured on held-out examples at this step",
             "commit": "the commit between the row before this one and this one",
         }.items()
     ),
@@ -203,6 +233,16 @@ PROBE = _by_name([
     Variable("input", ("sample",), "model", "1", "input", "x, as the network sees it; further dims are feature axes."),
     Variable("target", ("sample", "output"), "model", "1", "target", "y, as the loss sees it."),
 ])  # fmt: skip
+# The same of the held-out examples, if there are any.
+TEST_PROBE = _by_name(
+    replace(
+        variable,
+        name=f"test_{variable.name}",
+        dims=("test_sample", *variable.dims[1:]),
+        long_name=f"held-out {variable.long_name}",
+    )
+    for variable in PROBE.values()
+)
 
 # The growing groups and their variables, in the order in which a row's digest takes them. `snapshots` holds every
 # variable of `spectra` and `scalars` too, so that one group answers most questions. `hessian` is there on request.
@@ -215,7 +255,12 @@ GROUPS: dict[str, dict[str, Variable]] = {
 }
 
 # What a group may have beside that, in the order in which it follows in a row's digest.
-MORE = {"hessian": PRECONDITIONED, "snapshots": ON_REQUEST, "train": OF_PROCESS}
+MORE = {
+    "hessian": PRECONDITIONED,
+    "scalars": TEST_SCALARS,
+    "snapshots": ON_REQUEST | HELD_OUT,
+    "train": OF_PROCESS,
+}
 
 # What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
 OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
@@ -259,7 +304,11 @@ def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Va
 
 
 def recorded(
-    kernels: Iterable[str] = (), layers: bool = False, full: bool = False, preconditioned: bool = False
+    kernels: Iterable[str] = (),
+    layers: bool = False,
+    full: bool = False,
+    preconditioned: bool = False,
+    test: Iterable[str] = (),
 ) -> dict[str, list[str]]:
     """The variables of each group whose rows come from kernels, for a study that asks for more than `GROUPS`.
 
@@ -268,11 +317,15 @@ def recorded(
         layers: the parts of the NTK by tensor.
         full: the NTK of all pairs of outputs.
         preconditioned: the sharpness of the preconditioned Hessian.
+        test: those of `HELD_OUT`; none if no examples are held out.
     """
+    held_out = list(test)
     more = {"ntk_layer": layers, "ntk_full": full}
     names = {group: list(GROUPS[group]) for group in ("hessian", "scalars", "snapshots", "spectra")}
     names["snapshots"] += [name for name, asked in more.items() if asked]
     names["hessian"] += [name for name in PRECONDITIONED if preconditioned]
+    names["snapshots"] += held_out
+    names["scalars"] += [name for name in held_out if name in TEST_SCALARS]
     for group in ("scalars", "snapshots", "spectra"):
         names[group] += [f"{kernel}_{base}" for kernel in kernels for base in OF_A_KERNEL if base in GROUPS[group]]
     return names

@@ -403,7 +403,8 @@ class Writer:
             dims: lengths of `sample`, `sample2`, `eig`, `output` and `parameter_index`.
             groups: variables of each growing group.
             capacity: rows planned per group; a group that outgrows its plan is enlarged.
-            probe: the arrays `sample_index` (n,), `input` (n, ...) and `target` (n, c).
+            probe: the arrays `sample_index` (n,), `input` (n, ...) and `target` (n, c); with held-out examples also
+                `test_sample_index` (m,), `test_input` (m, ...) and `test_target` (m, c).
             dtype: dtype of the model's parameters.
             attributes: further attributes of single arrays, by `group/name`.
 
@@ -729,7 +730,8 @@ def _create(
         for array in (array for members in arrays.values() for array in members):
             hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
         children = {
-            name: _write_static(hidden, f"probe/{name}", schema.PROBE[name], values) for name, values in probe.items()
+            name: _write_static(hidden, f"probe/{name}", (schema.PROBE | schema.TEST_PROBE)[name], values)
+            for name, values in probe.items()
         }
         hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
         static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}

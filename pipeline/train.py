@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import schema
 from pipeline.config import File, RunConfig
-from pipeline.data import load_data
+from pipeline.data import Data, load_data, load_test
 from pipeline.errors import InputError
 from pipeline.losses import LOSSES, OF_LABELS, accuracy
 from pipeline.models import build_model
@@ -50,8 +50,9 @@ def train(
     device, dtype = find_device(run.compute.device), getattr(torch, run.compute.dtype)
     with computing(run.compute.threads):
         data = load_data(run.data, run.seed)
-        x = torch.as_tensor(data.x, dtype=dtype, device=device)
-        y = torch.as_tensor(data.y, dtype=dtype, device=device)
+        probe = _probe(data, dtype, device)
+        held_out = run.record.test and load_test(run.data, run.seed, run.record.test)
+        x, y = probe.input, probe.target
         model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
         if run.loss.name in OF_LABELS and not data.labels:
             raise InputError(f"loss.name = {run.loss.name!r}: the targets must be labels, -1 and +1 or one-hot")
@@ -63,7 +64,8 @@ def train(
         recorder = Recorder(
             root,
             model,
-            Probe(x, y, data.sample_index),
+            probe,
+            test=_probe(held_out, dtype, device) if held_out else None,
             identity=run.identity(),
             learning_rate=run.learning_rate,
             seed=run.seed,
@@ -147,6 +149,12 @@ def find_device(name: str, otherwise: str | None = None) -> torch.device:
     if otherwise is None:
         raise InputError(f"compute.device = {name!r}: torch finds no such device here; use 'cpu'")
     return torch.device(otherwise)
+
+
+def _probe(data: Data, dtype: torch.dtype, device: torch.device) -> Probe:
+    """Examples as the model takes them."""
+    x, y = (torch.as_tensor(array, dtype=dtype, device=device) for array in (data.x, data.y))
+    return Probe(x, y, data.sample_index)
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:

@@ -77,6 +77,7 @@ def mock_run(
     conjugate: bool = False,
     layers: bool = False,
     full: bool = False,
+    test: int = 0,
 ) -> Path:
     """Write one run, or go on with one that was left unfinished.
 
@@ -95,6 +96,7 @@ def mock_run(
         conjugate: record the conjugate kernel H Hᵀ too.
         layers: record the parts of the NTK that belong to W and to A.
         full: record the NTK of all pairs of outputs.
+        test: held-out examples.
 
     Returns:
         Folder of the run.
@@ -113,11 +115,16 @@ def mock_run(
         "compute": {"threads": 1, "device": "cpu"},
     }
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, FEATURES))
-    y = np.where(np.sin(2 * x @ rng.normal(size=(FEATURES, c))) > 0, 1.0, -1.0)
+    x, rule = rng.normal(size=(n, FEATURES)), rng.normal(size=(FEATURES, c))
+    unseen = np.random.default_rng([seed, 1]).normal(size=(test, FEATURES))
+    y, unseen_y = (np.where(np.sin(2 * inputs @ rule) > 0, 1.0, -1.0) for inputs in (x, unseen))
     w, a = rng.normal(size=(FEATURES, width)) / np.sqrt(FEATURES), rng.normal(size=(width, c)) / np.sqrt(width)
     name = run_id(learning_rate, seed, **axes)
-    more = schema.recorded(["conjugate"] if conjugate else [], layers, full)
+    more = schema.recorded(["conjugate"] if conjugate else [], layers, full, schema.HELD_OUT if test else ())
+    probe = {"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)}
+    if test:
+        probe |= {"test_sample_index": np.arange(n, n + test), "test_input": unseen.astype(np.float32),
+                  "test_target": unseen_y.astype(np.float32)}  # fmt: skip
     # A store for a test need not survive a power cut, and the hundreds of fsyncs of a run take most of its time.
     with patch("os.fsync"), Writer.open(
         root,
@@ -140,18 +147,23 @@ def mock_run(
         },
         dims={
             "layer": 2, "sample": n, "sample2": n, "output": c, "output2": c, "eig": k, "hessian_eig": 1,
-            "parameter_index": w.size + a.size,
+            "parameter_index": w.size + a.size, "test_sample": test, "test_sample2": test,
         },
         groups=more | {"train": list(schema.GROUPS["train"])},
         attributes={"snapshots/ntk_layer": {"names": ["W", "A"]}},
         capacity={group: steps + 1 for group in schema.GROUPS},
-        probe={"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)},
+        probe=probe,
         dtype="float32",
     ) as writer:  # fmt: skip
         for step in range(steps + 1):
             if writer.last_step is None or step > writer.last_step:
                 due = {group for group, cadence in cadences.items() if cadence.due(step) or step == steps}
-                writer.append(step, measure(x, y, w, a, k, due, step=step, learning_rate=learning_rate, seed=seed))
+                rows = measure(x, y, w, a, k, due, step=step, learning_rate=learning_rate, seed=seed)
+                if test:
+                    values = measure_held_out(x, unseen, unseen_y, w, a)
+                    for group in due & schema.MORE.keys():
+                        rows[group] |= {name: values[name] for name in schema.variables_of(group, values)}
+                writer.append(step, rows)
             w, a = descend(x, y, w, a, learning_rate)
         writer.commit(b"")
         if end is not None:
@@ -194,6 +206,25 @@ def measure(x: Any, y: Any, w: Any, a: Any, k: int, due: set[str], **row: Any) -
     row["loss"] = np.sum((f - y) ** 2) / (2 * n)
     return {group: {**{name: measured[name] for name in schema.variables_of(group, measured)}, **row}
             for group in due | {"train"}}  # fmt: skip
+
+
+def measure_held_out(x: Any, unseen: Any, y: Any, w: Any, a: Any) -> dict[str, Any]:
+    """What is recorded on examples (m, features) with targets (m, c) that are not trained on."""
+
+    def summed(one: Any, two: Any) -> Any:
+        """The kernel between two sets of examples, summed over outputs."""
+        h = [np.tanh(inputs @ w) for inputs in (one, two)]
+        d = [(1 - features**2)[:, :, None] * a for features in h]
+        return np.einsum("ahc,bhc->ab", *d) * (one @ two.T) + y.shape[1] * h[0] @ h[1].T
+
+    f = np.tanh(unseen @ w) @ a
+    return {
+        "ntk_test": summed(unseen, unseen),
+        "ntk_cross": summed(unseen, x),
+        "prediction_test": f,
+        "test_loss": np.sum((f - y) ** 2) / (2 * len(y)),
+        "test_accuracy": np.mean(np.sign(f) == y),
+    }
 
 
 def of_kernel(kernel: Any, y: Any, k: int) -> dict[str, Any]:

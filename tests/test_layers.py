@@ -35,7 +35,7 @@ LAYERS = {
         "linalg kernels",
         "spectra",
         "alignment complexity distance eigenspace energy sharpness specialisation",
-        "matched phases",
+        "matched phases generalisation linear",
         "__init__",
         "evolution",
         "results",

@@ -126,6 +126,7 @@ class Record(Table):
     kernels: Annotated[tuple[KernelKey, ...], BeforeValidator(listed), AfterValidator(_with_the_ntk)] | None = None
     layers: Asked | None = None
     ntk_full: Asked | None = None
+    test: Count | None = None
     loss_levels: Annotated[tuple[Positive, ...], BeforeValidator(listed), AfterValidator(_descending)] = ()
     snapshots: CadenceKey = Cadence(log=8)
     spectra: CadenceKey = Cadence(every=10)

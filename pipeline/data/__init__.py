@@ -12,9 +12,10 @@ import numpy as np
 from pipeline.data import cifar10, digits, files, patterns, regression
 from pipeline.data.examples import Data, is_labels
 from pipeline.data.files import read_arrays
+from pipeline.errors import InputError
 from pipeline.seeds import stream
 
-__all__ = ["DATASETS", "Data", "is_labels", "load_data", "needs_download", "read_arrays"]
+__all__ = ["DATASETS", "Data", "is_labels", "load_data", "load_test", "needs_download", "read_arrays"]
 
 
 def load_data(options: Any, seed: int, rest: bool = False) -> Data:
@@ -30,6 +31,26 @@ def load_data(options: Any, seed: int, rest: bool = False) -> Data:
         MissingError: if a file is not there.
     """
     return DATASETS[options.name](options, stream(seed, "data"), rest)
+
+
+def load_test(options: Any, seed: int, count: int) -> Data:
+    """The held-out examples of a run: the first `count` of those that it is not trained on.
+
+    Args:
+        options: the study's data table.
+        seed: the run's seed.
+        count: m.
+
+    Raises:
+        InputError: if so many are not left.
+    """
+    rest = load_data(options, seed, rest=True)
+    if count > len(rest.x):
+        raise InputError(
+            f"record.test = {count}: only {len(rest.x)} examples are not trained on; hold out at most so many, or "
+            "choose a smaller data.n"
+        )
+    return Data(rest.x[:count], rest.y[:count], rest.sample_index[:count], rest.labels)
 
 
 def needs_download(options: Any) -> bool:

@@ -24,6 +24,10 @@ class Data:
     sample_index: np.ndarray
     labels: bool
 
+    def arrays(self, dtype: str) -> dict[str, np.ndarray]:
+        """What a store keeps of them in its group `probe`, in the dtype of the model."""
+        return {"sample_index": self.sample_index, "input": self.x.astype(dtype), "target": self.y.astype(dtype)}
+
     @property
     def digest(self) -> str:
         """blake2b-128 over dtype, shape and little-endian bytes of x, y and sample_index."""
@@ -75,7 +79,9 @@ def remaining(available: int, chosen: np.ndarray) -> np.ndarray:
     """Indices of the examples that were not chosen."""
     left = np.setdiff1d(np.arange(available, dtype=np.int64), chosen)
     if not len(left):
-        raise InputError(f"all {available} examples were chosen, so none is left: give others, in a file")
+        raise InputError(
+            f"all {available} examples were chosen, so none is left: give others in a file, or choose a smaller data.n"
+        )
     return left
 
 

@@ -29,8 +29,8 @@ def mlp(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
 def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """Two linear layers without biases, f = a W x; for one output K = ‖a‖² X Xᵀ + X Wᵀ W Xᵀ.
 
-    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one` and one output, W = aᵀ pᵀ / ‖a‖ with p
-    the first row of that draw, a form that gradient descent keeps.
+    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one` and one output, W = aᵀ pᵀ / ‖a‖,
+    p the first row of that draw: gradient descent keeps this form.
 
     Args:
         options: `width`, m; `init_std`; `rank_one`.

@@ -131,7 +131,7 @@ def test_snapshots_are_in_the_table(analysed):
     found = frame(analysed, "select * from snapshots where run_id = 'lr-0.1_seed-2' order by position")
     ds = plain(analysed, "lr-0.1_seed-2", "snapshots")
     np.testing.assert_array_equal(found.position, range(ds.sizes["step"]))
-    for name in set(found.columns) - {"run_id", "position"}:
+    for name in set(found.columns) - {"run_id", "position", *schema.TEST_SCALARS}:
         np.testing.assert_array_equal(found[name], ds[name], err_msg=name)
     assert query(analysed, "select count(*) from snapshots").rows == [(6 * ds.sizes["step"],)]
 
@@ -165,7 +165,7 @@ def test_alignment_is_the_result(analysed):
         np.testing.assert_array_equal(found.step, ds.step)
         for name in ds.data_vars:
             np.testing.assert_array_equal(found[name].astype(float), ds[name], err_msg=name)
-        assert set(found.columns) - set(ds.data_vars) == {"run_id", "step", "c10", "c20"}
+        assert set(found.columns) - set(ds.data_vars) == {"run_id", "step", "c10", "c20", *schema.TEST_SCALARS}
         assert found[["c10", "c20"]].isna().all(axis=None)  # only six eigenpairs were recorded
 
 

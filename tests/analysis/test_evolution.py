@@ -26,7 +26,7 @@ SUBSTITUTES = {"target_energy": ["ntk"]}
 def root(tmp_path_factory):
     """Two runs that recorded all that there is, at cadences that differ."""
     folder = tmp_path_factory.mktemp("evolution")
-    return mock_store(folder, seeds=[0], n=6, c=2, k=4, steps=12, layers=True, full=True,
+    return mock_store(folder, seeds=[0], n=6, c=2, k=4, steps=12, layers=True, full=True, test=4,
                       cadences={**CADENCES, "scalars": Cadence(every=2)})  # fmt: skip
 
 

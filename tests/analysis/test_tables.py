@@ -30,7 +30,7 @@ def test_the_page_shows_queries_that_work(tmp_path):
         for name in TABLES:
             tables.create_table(connection, name)
         queries = [query for query in examples.split(";") if query.strip()]
-        assert len(queries) == 5
+        assert len(queries) == 6
         for query in queries:
             assert connection.execute(query).fetchall() == []
 
@@ -78,7 +78,8 @@ def test_a_run_in_the_table(tmp_path):
         "stop_reason": "steps", "learning_rate": 0.5, "seed": 3, "study": "mock", "part": None, "size": None,
         "title": "A mock study",
         "family": "family-lr-0.5_seed-3_model.width-6", "process": "discrete", "dataset": "mock", "model": "mlp",
-        "loss_function": "mse", "update_rule": "gd", "n": 5, "c": 2, "p": 30, "k": 4, "steps": 6, "n_snapshots": 5,
+        "loss_function": "mse", "update_rule": "gd", "n": 5, "m": None, "c": 2, "p": 30, "k": 4, "steps": 6,
+        "n_snapshots": 5,
         "n_spectra": 3, "n_scalars": 7, "n_hessian": 2,
         "n_train": 7, "final_loss": run.read("train/loss")[-1],
         "commits": 1, "head": run.head,

@@ -35,7 +35,7 @@ def test_bytes_are_those_of_every_array(study, tmp_path, dtype, size):
     spectra = 2 * 8 * k + 8 + 4 * n * k + size * n * c
     kernels = 4 * n * n + size * p
     expected = (
-        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 9 * 8)
+        21 * (row + scalars) + 13 * (row + spectra) + 7 * (row + kernels + spectra + scalars) + 21 * (row + 10 * 8)
     )
     expected += 8 * n + size * (n * 6 + n * c)
     assert planned.nbytes == expected

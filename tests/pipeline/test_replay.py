@@ -79,7 +79,7 @@ def test_on_the_training_examples_it_is_the_stored_kernel_bit_for_bit(tmp_path, 
         np.testing.assert_array_equal(found.read(f"snapshots/{name}"), stored.read(f"snapshots/{name}"), err_msg=name)
     for name in ("input", "target", "sample_index"):
         np.testing.assert_array_equal(found.read(f"probe/{name}"), stored.read(f"probe/{name}"))
-    assert "ntk_cross" not in found.arrays("snapshots")
+    assert "ntk_train_cross" not in found.arrays("snapshots")
 
 
 def test_the_test_examples_are_those_not_chosen_and_seen_as_in_training(run):
@@ -96,8 +96,8 @@ def test_the_test_examples_are_those_not_chosen_and_seen_as_in_training(run):
     model = at_step(run, STEPS)
     left, right = jacobian(model, x[some]), jacobian(model, read_run(run).read("probe/input"))
     np.testing.assert_allclose(found.read("snapshots/ntk")[0][np.ix_(some, some)], left @ left.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.read("snapshots/ntk_cross")[0][some], left @ right.T, rtol=1e-4, atol=1e-4)
-    assert found.node("snapshots/ntk_cross")["dimension_names"] == ["step", "sample", "train_sample"]
+    np.testing.assert_allclose(found.read("snapshots/ntk_train_cross")[0][some], left @ right.T, rtol=1e-4, atol=1e-4)
+    assert found.node("snapshots/ntk_train_cross")["dimension_names"] == ["step", "sample", "train_sample"]
 
 
 def test_the_store_of_the_result_is_read_by_every_measure_and_verified(run):
@@ -152,7 +152,7 @@ def test_other_kernels_stand_in_the_place_of_the_ntk(run, tmp_path, kernel):
         "nngp": infinite_kernels(both, depth=2).nngp.numpy(),
     }[kernel if isinstance(kernel, str) else kernel["name"]]
     np.testing.assert_allclose(found.read("snapshots/ntk")[0], expected[:6, :6], rtol=1e-4)
-    np.testing.assert_allclose(found.read("snapshots/ntk_cross")[0], expected[:6, 6:], rtol=1e-4)
+    np.testing.assert_allclose(found.read("snapshots/ntk_train_cross")[0], expected[:6, 6:], rtol=1e-4)
     np.testing.assert_allclose(found.read("snapshots/trace")[0], np.trace(expected[:6, :6]), rtol=1e-4)
 
 

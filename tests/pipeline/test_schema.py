@@ -66,6 +66,19 @@ def test_what_a_process_gives_is_described():
     assert {name for given in schema.GIVEN_BY.values() for name in given} <= schema.OF_PROCESS.keys()
 
 
+def test_what_is_measured_on_held_out_examples_follows_the_rest_of_the_row():
+    plain, held_out = schema.recorded(layers=True), schema.recorded(layers=True, test=schema.HELD_OUT)
+    assert set(schema.HELD_OUT) == {"ntk_test", "ntk_cross", "prediction_test", "test_loss", "test_accuracy"}
+    for group, own in {"snapshots": list(schema.HELD_OUT), "scalars": ["test_loss", "test_accuracy"]}.items():
+        before, after = (row_variables(group, names[group]) for names in (plain, held_out))
+        assert [variable.name for variable in after] == [*(v.name for v in before[:-1]), *own, "digest"]
+    assert plain["spectra"] == held_out["spectra"]
+    for name, variable in schema.TEST_PROBE.items():
+        like = schema.PROBE[name.removeprefix("test_")]
+        assert (variable.dtype, variable.dims[1:]) == (like.dtype, like.dims[1:])
+        assert variable.dims[0] == "test_sample"
+
+
 def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
     every = [variable for group in schema.GROUPS for variable in row_variables(group)]
     costs = {name for name in schema.TRAIN if name.startswith("seconds_")}
@@ -75,7 +88,12 @@ def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
 
 def test_every_variable_says_what_it_is():
     more = [variable for group in schema.MORE.values() for variable in group.values()]
-    for variable in [*schema.PROBE.values(), *more, *(v for group in schema.GROUPS for v in row_variables(group))]:
+    for variable in [
+        *schema.PROBE.values(),
+        *schema.TEST_PROBE.values(),
+        *more,
+        *(v for group in schema.GROUPS for v in row_variables(group)),
+    ]:
         assert variable.units
         assert variable.long_name
         assert variable.description.endswith(".")

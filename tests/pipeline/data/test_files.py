@@ -173,7 +173,7 @@ def test_the_rest_of_a_file(npz, normalise):
 
 def test_if_all_were_chosen_there_is_no_rest(npz):
     path = npz(x=np.ones((4, 2)), y=np.ones(4))
-    with pytest.raises(InputError, match="all 4 examples were chosen, so none is left: give others"):
+    with pytest.raises(InputError, match="all 4 examples were chosen, so none is left: give others in a file"):
         load_data(arrays(path), 0, rest=True)
 
 
