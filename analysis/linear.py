@@ -47,8 +47,8 @@ _COLUMNS = {
     "rank_one_error": ("distance from the rank-one form", "‖W - a pᵀ‖ / ‖W‖, p = Wᵀa / s."),
     "recursion_error": (
         "error of the exact recursions",
-        "The largest difference of both sides of (1) to (4) over the norm of the left one; at rows whose next step "
-        "was recorded.",
+        "The largest difference of both sides of (1) to (4) over the size of r and y, s, K and s before the step or "
+        "after it; at rows whose next step was recorded.",
     ),
     "gap_bound": ("bound of the sharpness gap", "‖Xᵀr‖ / n, which bounds |λ_1(H) - λ_1(K)/n|."),
     "shift_violation": (
@@ -195,8 +195,10 @@ class _Theory:
         found: list[Any] = [
             hidden2 @ a2 - self.y, a2 @ a2, (a2 @ a2) * gram + hidden2 @ hidden2.T, np.outer(a2, a2) - w2 @ w2.T,
         ]  # fmt: skip
-        # Q is small beside the two products whose difference it is, and so is r beside f and y: rounding is theirs.
-        sizes: list[Any] = [np.linalg.norm(self.y), a2 @ a2, np.linalg.norm(found[2]), a2 @ a2]
+        # What is small after a step may be the difference of what was large before it, r of f and y, Q of two products:
+        # rounding is theirs.
+        grown, kernels = max(s, a2 @ a2), max(np.linalg.norm(kernel), np.linalg.norm(found[2]))
+        sizes: list[Any] = [np.linalg.norm(self.y) + np.linalg.norm(f), grown, kernels, grown]
         return max(
             float(np.linalg.norm(one - other) / size) for one, other, size in zip(found, predicted, sizes, strict=True)
         )

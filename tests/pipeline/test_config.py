@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
+from analysis.plots import FIGURES
+from analysis.studies import paper
 from pipeline.cadence import Cadence
 from pipeline.config import (
     KERNELS,
@@ -75,7 +77,21 @@ def test_ids_of_the_shipped_study_never_change():
 def test_every_shipped_study_loads_and_plans():
     assert {"digits", "smoke"} <= set(shipped())
     for name in shipped():
-        assert all(run.parameters for run in plan_runs(load_study(name).runs(), "nowhere"))
+        for size in sizes_of(name) or [None]:
+            for study in load_parts(name, size=size):
+                assert all(run.parameters for run in plan_runs(study.runs(), "nowhere"))
+
+
+def test_every_shipped_study_names_claims_and_figures_of_its_paper_and_has_seeds_enough():
+    for name in shipped():
+        for size in sizes_of(name):
+            for study in load_parts(name, size=size):
+                module = paper(study.paper)
+                assert study.claims
+                assert set(study.claims) <= module.CLAIMS.keys()
+                assert set(study.figures or ()) <= module.FIGURES.keys() | FIGURES.keys()
+                seeds = len({run.seed for run in study.runs()})
+                assert seeds >= {"smoke": 1, "quick": 3, "full": 5}[size]
 
 
 def test_importing_it_is_light_and_loading_imports_nothing_of_the_users():
@@ -376,7 +392,7 @@ def test_files_with_byte_order_mark_and_windows_line_ends(study):
 @pytest.mark.parametrize(
     ("name", "said"),
     [("digts", 'digts: no such study; did you mean "digits"?'), ("nowhere/digits.toml", 'did you mean "digits"?'),
-     ("qqqq", "(shipped: digits, smoke"), ("qqqq", "path of a .toml")],
+     ("qqqq", "(shipped: central_flow, "), ("qqqq", "path of a .toml")],
 )  # fmt: skip
 def test_a_study_that_is_not_there(name, said):
     text = message(lambda: load_study(name), MissingError)

@@ -1,5 +1,6 @@
 """Whether a number at matched loss rises with the learning rate: as a trend, and from the smallest to the largest."""
 
+import math
 from collections.abc import Callable
 
 import pandas as pd
@@ -36,6 +37,10 @@ def trends(column: str, name: str) -> Callable[[pd.DataFrame], Verdict]:
         if rows["learning_rate"].nunique() < 2:
             return Verdict("underpowered", "fewer than two learning rates from the edge on", len(rows))
         if reason := too_few(rows):
+            return Verdict("underpowered", reason, len(rows))
+        rates, seeds = rows["learning_rate"].nunique(), rows["seed"].nunique()
+        if (least := math.factorial(rates) ** -seeds) > CHANCE:
+            reason = f"{rates} learning rates of {seeds} seeds: even if all rose, p would be {least:.3g}"
             return Verdict("underpowered", reason, len(rows))
         tau, chance = trend(rows, column)
         value = f"Kendall's τ {tau:.2f}, p = {chance:.3g} by permutation; mean {name} at {by_rate(rows, column)}"
