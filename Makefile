@@ -5,7 +5,7 @@ PEERS := .venv-nngeometry .venv-neural-tangents
 SMOKE := .venv-plain/smoke
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test reliability lint bench bench-kernels constraints clean
+.PHONY: help demo test reliability studies lint bench bench-kernels constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -15,9 +15,9 @@ demo: .venv/.stamp ## train the digits study, judge its claims, write its report
 	@.venv/bin/ntk-eos demo
 
 # One BLAS thread: the runs of a sweep are the parallelism, and the last bits of a sum do not depend on the machine's cores.
-test reliability bench: export OMP_NUM_THREADS = 1
-test reliability bench: export OPENBLAS_NUM_THREADS = 1
-test reliability bench: export MKL_NUM_THREADS = 1
+test reliability studies bench: export OMP_NUM_THREADS = 1
+test reliability studies bench: export OPENBLAS_NUM_THREADS = 1
+test reliability studies bench: export MKL_NUM_THREADS = 1
 
 # Hypothesis' own profile ci: the same examples every time, no deadline on a busy machine. Plain pytest explores.
 # One process per core; whoever is done takes tests from the others.
@@ -35,6 +35,16 @@ test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads wi
 
 reliability: .venv/.stamp ## the longer tests, which kill and damage
 	@.venv/bin/pytest -q --hypothesis-profile=ci -m reliability
+
+# All of them in under half an hour on two cores; SIZE=full takes an evening. A failed claim is a result, not an error.
+STUDIES := paper_fig1 paper_architectures paper_datasets phases two_layer_linear central_flow sgd multi_class cross_entropy generalisation
+SIZE ?= quick
+
+studies: .venv/.stamp ## the paper's studies, judged: reports in data/stores, verdicts in docs/claims.md
+	@for study in $(STUDIES); do \
+	  .venv/bin/ntk-eos study $$study --size $(SIZE) || [ $$? -eq 1 ] || exit 1; done
+	@.venv/bin/python -m analysis.verdicts $(STUDIES:%=data/stores/%-$(SIZE)) > docs/.claims.md
+	@mv docs/.claims.md docs/claims.md
 
 lint: .venv/.stamp ## style, docstrings and types
 	@.venv/bin/ruff check

@@ -43,7 +43,7 @@ LAYERS = {
         "plots export",
         "studies",
         "judge",
-        "report",
+        "report verdicts",
     ],
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
