@@ -23,7 +23,7 @@ LAYERS = {
         "config verify",
         "data models losses",
         "kernels operators spectra optim gradient",
-        "measure",
+        "measure flows",
         "record",
         "train",
         "plan sweep replay",
@@ -47,12 +47,12 @@ LAYERS = {
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
 # These know no store and no study file.
-PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
+PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli"}
 BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
-TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
+TRAINING_ONLY = {"clarabel", "torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
 Unit = tuple[str, str]  # package and the name that has a place in it, such as ("analysis", "studies")
 
