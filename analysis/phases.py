@@ -9,6 +9,9 @@ A row's phase follows from whether its run has crossed the line yet and from the
 flat mean counts as falling. Rows are neighbours where they follow one another in the store; at a cadence sparser than
 every step the means span that gap, which their attribute `largest_step_gap` tells.
 
+λ₁(K)/n and 2/η belong to gradient descent on half the mean squared error. With cross-entropy the sharpness is that of
+the Hessian alone, and other update rules have other lines, in the attributes of their runs.
+
 Sources: Cohen et al. 2021 (arXiv 2103.00065) for progressive sharpening and the edge; Jiang, Cohen, Li 2025
 (arXiv 2507.12837), figure 1c, for the alignment gained while the sharpness falls.
 """

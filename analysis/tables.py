@@ -78,7 +78,7 @@ TABLES: dict[str, Layout] = {
             Column("study", "VARCHAR", "", "Name of the study that the run belongs to."),
             Column("title", "VARCHAR", "", "Title of that study."),
             Column("family", "VARCHAR", "", "Equal for runs that differ in nothing but their process."),
-            Column("process", "VARCHAR", "", "What moves the parameters: discrete is gradient descent in steps."),
+            Column("process", "VARCHAR", "", "What moves the parameters; discrete is the update rule."),
             Column("dataset", "VARCHAR", "", "Name of the data."),
             Column("model", "VARCHAR", "", "Name of the model."),
             Column("loss_function", "VARCHAR", "", "Name of the loss."),
@@ -118,7 +118,7 @@ TABLES: dict[str, Layout] = {
     ),
     "train": Layout(
         "The training loop's own numbers, thinned to at most 2000 rows per run; the first and the last are kept.",
-        (RUN_ID, STEP, *_stored(*schema.TRAIN.values())),
+        (RUN_ID, STEP, *_stored(*schema.TRAIN.values(), *schema.OF_PROCESS.values())),
     ),
     "alignment": Layout(
         "One row per run and step at which a kernel was measured; NULL where the step lacks a measure's input.",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax, softplus
 
 from pipeline.errors import InputError
 
@@ -32,6 +33,28 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().sum() / (2 * len(target))
 
 
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of labels, L = -(1/n) Σ y log softmax(f), or (1/n) Σ log(1 + exp(-y f)) for one output and y = ±1.
+
+    Its second derivative by f is no multiple of one, as that of `mse` is, and vanishes as the margins grow: λ₁/n of
+    the NTK does not tell the sharpness, only the Hessian does.
+
+    Args:
+        prediction: f (n, c), logits.
+        target: y (n, c), one-hot for several outputs, -1 and +1 for one.
+
+    Returns:
+        A scalar with a graph.
+
+    Raises:
+        InputError: if the shapes differ, which would broadcast in silence.
+    """
+    _check_shapes(prediction, target)
+    if target.shape[1] == 1:
+        return softplus(-target * prediction).mean()
+    return -(target * log_softmax(prediction, 1)).sum() / len(target)
+
+
 def accuracy(prediction: Tensor, target: Tensor) -> float:
     """Share of examples classified right: equal signs for one output, equal largest outputs for several.
 
@@ -50,4 +73,5 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
         raise InputError(f"prediction and target have shapes {shapes}: both must be (examples, outputs)")
 
 
-LOSSES: dict[str, Loss] = {"mse": mse}
+LOSSES: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy}
+OF_LABELS = {"cross_entropy"}  # defined for class labels alone

@@ -26,7 +26,7 @@ from pipeline import schema
 from pipeline.errors import InputError
 from pipeline.kernels import KERNELS, NTK
 from pipeline.losses import Loss
-from pipeline.operators import HessianOperator
+from pipeline.operators import HessianOperator, Preconditioned
 from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, lanczos, top_eigenvalue
 
 PARTS = ("kernel", "eigenpairs", "scalars", "other_kernels", "hessian")
@@ -69,6 +69,7 @@ class Measure:
         full: keep the NTK of all pairs of outputs.
         criterion: the loss (prediction, target) -> scalar, for the group `hessian`.
         hessian_eigenpairs: leading eigenvalues of the Hessian.
+        preconditioned: measure the sharpness of the preconditioned Hessian as well.
         outputs: c, if there are no targets to tell.
 
     Attributes:
@@ -89,6 +90,7 @@ class Measure:
         full: bool = False,
         criterion: Loss | None = None,
         hessian_eigenpairs: int = 1,
+        preconditioned: bool = False,
         outputs: int | None = None,
     ) -> None:
         self._x, self._y, self._k = x, y, eigenpairs
@@ -100,11 +102,12 @@ class Measure:
         self._layers = NTK(x, layers=True) if layers else None
         self._criterion, self._hessian_k = criterion, hessian_eigenpairs
         self._hessian_start: Tensor | None = None
+        self._preconditioned_start: Tensor | None = None
         if full and self._c == 1:
             raise InputError(
                 "ntk_full: a network of one output has one pair of outputs, whose kernel is ntk: leave it out"
             )
-        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full)
+        self.variables = schema.recorded([kernel["name"] for kernel in others], layers, full, preconditioned)
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property
@@ -119,7 +122,9 @@ class Measure:
             options = {"outputs": "trace" if self._c == 1 else "full", **options}
         return _Watched(prefix, KERNELS[kernel["name"]](self._x, **options), kernel["name"] in CONSTANT)
 
-    def rows(self, model: nn.Module, due: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def rows(
+        self, model: nn.Module, due: Iterable[str], preconditioner: Callable[[], Tensor] | None = None
+    ) -> dict[str, dict[str, Any]]:
         """The variables of the groups that are due, but for those of every row.
 
         Arrays may be memory that the next call overwrites.
@@ -127,6 +132,7 @@ class Measure:
         Args:
             model: as it is now; left as it was.
             due: of `hessian`, `scalars`, `snapshots` and `spectra`.
+            preconditioner: gives the diagonal P (p,) by which the step from here divides, if that is measured.
 
         Raises:
             NonFiniteKernel: if a kernel or a product with the Hessian is not finite.
@@ -145,14 +151,15 @@ class Measure:
         if "snapshots" in wanted:
             values |= self._of_parameters(model)
         if "hessian" in wanted:
-            values |= self._of_hessian(model, values)
+            values |= self._of_hessian(model, values, preconditioner)
         return {group: {name: values[name] for name in self.variables[group] if name in values} for group in wanted}
 
     def state(self) -> dict[str, Tensor]:
         """What the next rows depend on beside the model: where the eigensolvers go on."""
         starts = {f"start.{kernel.prefix}ntk": torch.from_numpy(kernel.start)
                   for kernel in (self._main, *self._others) if kernel.start is not None}  # fmt: skip
-        return starts if self._hessian_start is None else {**starts, "start.hessian": self._hessian_start}
+        of_hessian = {"start.hessian": self._hessian_start, "start.preconditioned": self._preconditioned_start}
+        return starts | {name: start for name, start in of_hessian.items() if start is not None}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
@@ -160,6 +167,7 @@ class Measure:
             start = state.get(f"start.{kernel.prefix}ntk")
             kernel.start = None if start is None else start.numpy()
         self._hessian_start = state.get("start.hessian")
+        self._preconditioned_start = state.get("start.preconditioned")
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -224,7 +232,9 @@ class Measure:
             values["parameter"] = torch.cat(flat).numpy(force=True)
         return values
 
-    def _of_hessian(self, model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _of_hessian(
+        self, model: nn.Module, values: Mapping[str, Any], preconditioner: Callable[[], Tensor] | None
+    ) -> dict[str, Any]:
         """Leading eigenvalues of the Hessian; the first search starts at Jᵀ u_1, u_1 the NTK's first eigenvector."""
         if self._criterion is None or self._y is None:
             raise InputError(
@@ -236,11 +246,17 @@ class Measure:
             operator = HessianOperator(model, self._criterion, self._x, self._y)
             found = lanczos(operator, self._hessian_k, start=self._hessian_start)
             self._hessian_start = found.vectors
-        return {
-            "hessian_eigenvalue": found.values.numpy(force=True),
-            "hessian_residual": found.residuals.numpy(force=True),
-            "hessian_products": found.products,
-        }
+            measured = {
+                "hessian_eigenvalue": found.values.numpy(force=True),
+                "hessian_residual": found.residuals.numpy(force=True),
+                "hessian_products": found.products,
+            }
+            if preconditioner is not None:
+                scaled = Preconditioned(operator, preconditioner())
+                found = lanczos(scaled, self._hessian_k, start=self._preconditioned_start)
+                self._preconditioned_start = found.vectors
+                measured["preconditioned_sharpness"] = found.values[0].item()
+        return measured
 
     def _pulled_back(self, model: nn.Module, values: Mapping[str, Any]) -> Tensor:
         """Jᵀ u_1 (p,), the top eigenvector of the Gauss-Newton matrix of a quadratic loss."""

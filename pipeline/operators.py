@@ -191,6 +191,27 @@ class HessianOperator(ModelOperator):
         return self
 
 
+class Preconditioned:
+    """v -> P^(-1/2) A P^(-1/2) v, a symmetric matrix with the eigenvalues of P⁻¹ A, as `spectra.lanczos` takes it.
+
+    Args:
+        operator: A (p, p), symmetric.
+        diagonal: that of P (p,), positive.
+
+    Attributes:
+        shape: (p, p).
+        like: a tensor of the dtype and on the device on which `apply` works.
+    """
+
+    def __init__(self, operator: ModelOperator, diagonal: Tensor) -> None:
+        self._operator, self._scale = operator, diagonal.rsqrt()
+        self.shape, self.like = operator.shape, operator.like
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """The product with a vector."""
+        return self._scale * self._operator.apply(self._scale * vector)
+
+
 class _Jacobian:
     """J of a model on examples, by two graphs: that of f, and that of w -> Jᵀ w, whose derivative is Jᵀ.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline import schema
 from pipeline.cadence import row_capacity
-from pipeline.config import File, Imported, Record, RunConfig, Study, needs_import
+from pipeline.config import File, Imported, Record, RunConfig, StochasticGradientDescent, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
 from pipeline.data import load_data
 from pipeline.disk import Directory
@@ -130,6 +130,8 @@ def plan_runs(runs: Iterable[RunConfig], root: str) -> tuple[Planned, ...]:
         samples, features, outputs = shape(run.data)
         parameters = run.model.parameters(math.prod(features), outputs)
         _check_record(run.record, samples, outputs, parameters)
+        if isinstance(run.update, StochasticGradientDescent) and run.update.batch_size > samples:
+            raise InputError(f"update.batch_size = {run.update.batch_size}: must be at most n = {samples}")
         rows = row_capacity(run.record.cadences, len(run.record.loss_levels), run.stop.steps)
         nbytes = _nbytes(run, rows, samples, features, outputs, parameters or 0)
         state, last_step = _state(run, root)
@@ -263,7 +265,9 @@ def _nbytes(
         return itemsize * math.prod(sizes[dim] for dim in variable.dims)
 
     others = [kernel["name"] for kernel in record.kernel_tables()[1:]]
-    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full)) | {"train": list(schema.TRAIN)}
+    preconditioned = run.update.preconditioned
+    names = schema.recorded(others, bool(record.layers), bool(record.ntk_full), preconditioned)
+    names["train"] = [*schema.TRAIN, *schema.GIVEN_BY[run.process]]
     growing = sum(count * sum(map(size, schema.row_variables(group, names[group]))) for group, count in rows.items())
     probe = {name: size(variable) for name, variable in schema.PROBE.items()}
     return growing + sum(probe.values()) + probe["input"] * (math.prod(features) - 1)

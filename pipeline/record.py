@@ -46,7 +46,8 @@ HEARTBEAT_SECONDS = 1.0
 MEMORY_BUDGET = 256 * 2**20
 DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
 GROUPS = (*DEFAULT_CADENCES, "hessian")
-TOLD = tuple(name for name, variable in schema.TRAIN.items() if not variable.volatile)
+EVERY_STEP = schema.TRAIN | schema.OF_PROCESS
+TOLD = tuple(name for name, variable in EVERY_STEP.items() if not variable.volatile)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ class Recorder:
         ntk_full: record the NTK of all pairs of outputs, `ntk_full`.
         criterion: the loss as a function (prediction, target) -> scalar; needed for a cadence of `hessian`.
         hessian_eigenpairs: leading eigenvalues of the Hessian kept.
-        train: what `record` is told at every step, of `loss`, `accuracy` and `grad_norm`.
+        train: what `record` is told at every step, of `loss`, `accuracy`, `grad_norm`, `oscillation` and
+                `critical`.
         state: returns the tensors beside the model's that continue the loop (momentum, generator states); what they
             were at the last commit is in `restored_state` after `with`.
+        preconditioner: returns the diagonal P (p,) of the trained parameters by which the update divides the gradient;
+            where `hessian` has a cadence, `preconditioned_sharpness` is then recorded too.
         attrs: further root attributes of the run (title, study, axes, family, loss_convention).
         threads: threads that torch may use here, for the provenance.
         commit_seconds: rows wait in memory for at most about this long.
@@ -142,6 +146,7 @@ class Recorder:
         hessian_eigenpairs: int = 1,
         train: Sequence[str] = ("loss",),
         state: Callable[[], Mapping[str, Tensor]] | None = None,
+        preconditioner: Callable[[], Tensor] | None = None,
         attrs: Mapping[str, Any] | None = None,
         threads: int | None = None,
         commit_seconds: float = 5.0,
@@ -170,6 +175,7 @@ class Recorder:
             "layers": layers or None,
             "ntk_full": ntk_full or None,
             "hessian_eigenpairs": hessian_eigenpairs if hessian_eigenpairs > 1 else None,
+            "preconditioned": True if preconditioner and "hessian" in cadences else None,
         }
         recorded |= {name: value for name, value in requests.items() if value is not None}
         self.identity = {"record": recorded, **identity, "learning_rate": learning_rate, "seed": seed}
@@ -178,7 +184,7 @@ class Recorder:
         self._row = {"learning_rate": learning_rate, "seed": seed}
         self._cadences, self._levels = dict(cadences), tuple(loss_levels)
         self._told = {name for name in train if name != "loss"}
-        self._state = state or dict
+        self._state, self._preconditioner = state or dict, preconditioner
         self._attrs = dict(attrs or {})
         self._threads = threads or torch.get_num_threads()
         self._commit_seconds = commit_seconds
@@ -196,6 +202,7 @@ class Recorder:
             full=ntk_full,
             criterion=criterion,
             hessian_eigenpairs=hessian_eigenpairs,
+            preconditioned=preconditioner is not None,
         )
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -232,7 +239,7 @@ class Recorder:
                 "parameter_index": sum(tensor.numel() for tensor in parameters.values()),
                 "layer": len(trained),
             },
-            groups=groups | {"train": [name for name in schema.TRAIN if name not in not_told]},
+            groups=groups | {"train": [name for name in EVERY_STEP if name not in not_told]},
             capacity=row_capacity(self._cadences, len(self._levels), self.steps),
             probe=arrays,
             dtype=dtype,
@@ -349,7 +356,7 @@ class Recorder:
         crossed = any(loss <= level < self._checkpoint.lowest_loss for level in self._levels)
         always = step == 0 or last or crossed
         due = {group for group, cadence in self._cadences.items() if always or cadence.due(step)}
-        rows = self._measure.rows(self.model, due)
+        rows = self._measure.rows(self.model, due, self._preconditioner)
         costs = {f"seconds_{part}": seconds for part, seconds in self._measure.seconds.items()}
         costs["seconds_commit"], self._spent = self._spent, 0.0
         rows["train"] = {**train, **costs, "wall_time": time.monotonic() - self._started}

@@ -8,12 +8,12 @@ Letters of the dimensions, the same in code, docstrings and stores:
     m  training examples beside another probe    `train_sample`
 
 Symbols: f(θ) in R^(n x c) the outputs on the probe, y the targets, J the Jacobian of f, K = J Jᵀ the neural tangent
-kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L = (1/2n) ‖f - y‖² the loss and H its
-Hessian ∂²L/∂θ².
+kernel (for several outputs the sum over outputs of K_cc), η the learning rate, L the loss, (1/2n) ‖f - y‖² unless the
+study says otherwise, and H its Hessian ∂²L/∂θ².
 
 `GROUPS` is what every run has, but for the group `hessian`. A study may ask for more, which `variables_of` describes:
 the parts of the kernel by tensor, all its pairs of outputs, and other kernels, whose variables are those of the NTK
-with the kernel's name in front.
+with the kernel's name in front. A process other than the steps of an update rule has columns of its own in `train`.
 """
 
 from collections.abc import Iterable
@@ -74,7 +74,8 @@ DIGEST = Variable(
 SCALARS = _by_name([
     Variable(
         "ntk_sharpness", ("step",), "float64", "1", "NTK sharpness",
-        "λ₁/n, the top eigenvalue of the full nc x nc kernel over n; the line of gradient descent is 2/η.",
+        "λ₁/n, the top eigenvalue of the full nc x nc kernel over n. For L = (1/2n) ‖f - y‖² it is the sharpness but "
+        "for the curvature of f, and the line of gradient descent is 2/η.",
     ),
     Variable("frobenius_norm", ("step",), "float64", "1", "Frobenius norm of the NTK", "‖K‖_F."),
     Variable("trace", ("step",), "float64", "1", "trace of the NTK", "tr K."),
@@ -152,6 +153,15 @@ HESSIAN = _by_name([
     ),
 ])  # fmt: skip
 
+# What `hessian` has beside that where the update rule has a preconditioner.
+PRECONDITIONED = _by_name([
+    Variable(
+        "preconditioned_sharpness", ("step",), "float64", "1", "preconditioned sharpness",
+        "The largest eigenvalue of P^(-1/2) H P^(-1/2), P the diagonal by which the step from here divides; its line "
+        "is the run's attribute `preconditioned_stability_line`.",
+    ),
+])  # fmt: skip
+
 TRAIN = _by_name([
     Variable("loss", ("step",), "float64", "1", "loss", "Training loss L at this step."),
     Variable("accuracy", ("step",), "float64", "1", "accuracy", "Share of examples classified right."),
@@ -174,6 +184,20 @@ TRAIN = _by_name([
     ),
 ])  # fmt: skip
 
+# What `train` has beside that where a process gives it, and which process gives what.
+OF_PROCESS = _by_name([
+    Variable(
+        "oscillation", ("step",), "float64", "1", "squared oscillation",
+        "‖θ_t - θ*_t‖² of the iterates around their midpoints in the process midpoint, tr Σ in central_flow; "
+        "others have none.",
+    ),
+    Variable(
+        "critical", ("step",), "int64", "1", "critical eigenvalues",
+        "How many eigenvalues of the Hessian are at 2/η, of the process central_flow alone.",
+    ),
+])  # fmt: skip
+GIVEN_BY: dict[str, tuple[str, ...]] = {"discrete": (), "midpoint": ("oscillation",)}
+
 PROBE = _by_name([
     Variable("sample_index", ("sample",), "int64", "1", "example", "Row of the dataset that this example came from."),
     Variable("input", ("sample",), "model", "1", "input", "x, as the network sees it; further dims are feature axes."),
@@ -189,6 +213,9 @@ GROUPS: dict[str, dict[str, Variable]] = {
     "spectra": SPECTRA,
     "train": TRAIN,
 }
+
+# What a group may have beside that, in the order in which it follows in a row's digest.
+MORE = {"hessian": PRECONDITIONED, "snapshots": ON_REQUEST, "train": OF_PROCESS}
 
 # What describes one kernel; another kernel than the NTK has the same, its name and `_` in front.
 OF_A_KERNEL = tuple(name for name in GROUPS["snapshots"] if name not in ("parameter", "prediction"))
@@ -223,7 +250,7 @@ def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Va
     if names is None:
         return GROUPS[group]
     wanted = set(names)
-    own = GROUPS[group] | (ON_REQUEST if group == "snapshots" else {})
+    own = GROUPS[group] | MORE.get(group, {})
     found = {name: variable for name, variable in own.items() if name in wanted}
     for kernel in sorted({kernel for name in wanted - own.keys() if (kernel := kernel_of(name))}):
         others = (kernel_variable(kernel, base) for base in OF_A_KERNEL if base in GROUPS[group])
@@ -231,17 +258,21 @@ def variables_of(group: str, names: Iterable[str] | None = None) -> dict[str, Va
     return found
 
 
-def recorded(kernels: Iterable[str] = (), layers: bool = False, full: bool = False) -> dict[str, list[str]]:
+def recorded(
+    kernels: Iterable[str] = (), layers: bool = False, full: bool = False, preconditioned: bool = False
+) -> dict[str, list[str]]:
     """The variables of each group whose rows come from kernels, for a study that asks for more than `GROUPS`.
 
     Args:
         kernels: names of the kernels beside the NTK.
         layers: the parts of the NTK by tensor.
         full: the NTK of all pairs of outputs.
+        preconditioned: the sharpness of the preconditioned Hessian.
     """
     more = {"ntk_layer": layers, "ntk_full": full}
     names = {group: list(GROUPS[group]) for group in ("hessian", "scalars", "snapshots", "spectra")}
     names["snapshots"] += [name for name, asked in more.items() if asked]
+    names["hessian"] += [name for name in PRECONDITIONED if preconditioned]
     for group in ("scalars", "snapshots", "spectra"):
         names[group] += [f"{kernel}_{base}" for kernel in kernels for base in OF_A_KERNEL if base in GROUPS[group]]
     return names

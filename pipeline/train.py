@@ -1,8 +1,7 @@
 """The built-in training loop: one run of a study, from its data to its last row.
 
-    θ_{t+1} = rule(θ_t, ∇L(θ_t), η)
-
-Each step measures the model before it moves it, so the row of step t describes θ_t.
+Each step measures the model before its process moves it (`pipeline.processes`), so that the row of step t describes
+the parameters of step t.
 """
 
 import inspect
@@ -15,13 +14,14 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from pipeline import schema
 from pipeline.config import File, RunConfig
 from pipeline.data import load_data
 from pipeline.errors import InputError
-from pipeline.gradient import FullBatch
-from pipeline.losses import LOSSES, accuracy
+from pipeline.losses import LOSSES, OF_LABELS, accuracy
 from pipeline.models import build_model
 from pipeline.optim import UPDATES
+from pipeline.processes import PROCESSES, Problem
 from pipeline.record import Probe, Recorder
 
 
@@ -53,9 +53,13 @@ def train(
         x = torch.as_tensor(data.x, dtype=dtype, device=device)
         y = torch.as_tensor(data.y, dtype=dtype, device=device)
         model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, dtype).to(device)
-        parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
-        criterion, rule = LOSSES[run.loss.name], UPDATES[run.update.name]
-        state, batch = rule.init(parameters), FullBatch(model, criterion, x, y)
+        if run.loss.name in OF_LABELS and not data.labels:
+            raise InputError(f"loss.name = {run.loss.name!r}: the targets must be labels, -1 and +1 or one-hot")
+        criterion = LOSSES[run.loss.name]
+        rule = UPDATES[run.update.name](**run.update.model_dump(exclude={"name"}))
+        line = rule.stability_line(run.learning_rate)
+        preconditioned = run.update.preconditioned
+        process = PROCESSES[run.process](Problem(model, criterion, x, y, rule, run.learning_rate, run.seed))
         recorder = Recorder(
             root,
             model,
@@ -73,14 +77,16 @@ def train(
             ntk_full=bool(run.record.ntk_full),
             criterion=criterion,
             hessian_eigenpairs=run.record.hessian_eigenpairs or 1,
-            train=("loss", "accuracy", "grad_norm") if data.labels else ("loss", "grad_norm"),
-            state=lambda: state,
+            train=["loss", *(["accuracy"] if data.labels else []), "grad_norm", *schema.GIVEN_BY[run.process]],
+            state=process.state,
+            preconditioner=process.preconditioner if preconditioned else None,
             attrs={
                 "axes": run.axes,
                 "family": run.family,
                 "loss_convention": (inspect.getdoc(criterion) or run.loss.name).splitlines()[0],
                 "stop": run.stop.model_dump(exclude_none=True),
-                "stability_line": rule.stability_line(run.learning_rate),
+                "stability_line": None if preconditioned else line,
+                **({"preconditioned_stability_line": line} if preconditioned else {}),
                 **({"data_file": run.data.file} if isinstance(run.data, File) else {}),
                 **(attrs or {}),
             },
@@ -90,10 +96,11 @@ def train(
         with recorder:
             if recorder.status == "complete" and run.stop.asks_for_more(recorder.last_step, recorder.lowest_loss):
                 recorder.extend()
-            state |= {name: tensor.to(device) for name, tensor in recorder.restored_state.items()}
+            if recorder.restored_state:
+                process.restore({name: tensor.to(device) for name, tensor in recorder.restored_state.items()})
             for step in recorder:
-                loss, prediction, gradients = batch.gradient(parameters)
-                measured = {"grad_norm": _norm(gradients)}
+                (loss, prediction, gradients), columns = process.row()
+                measured = {"grad_norm": _norm(gradients), **columns}
                 if data.labels:
                     measured["accuracy"] = accuracy(prediction, y)
                 if not recorder.record(step, loss=loss, last=run.stop.reached(loss), **measured):
@@ -101,10 +108,7 @@ def train(
                 if should_stop():
                     recorder.interrupt(step)
                     return "interrupted"
-                moved, state = rule.step(parameters, gradients, state, run.learning_rate)
-                with torch.no_grad():
-                    for parameter, new in zip(parameters, moved, strict=True):
-                        parameter.copy_(new)
+                process.advance(step)
             return recorder.status
 
 

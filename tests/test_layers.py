@@ -23,7 +23,8 @@ LAYERS = {
         "config verify",
         "data models losses",
         "kernels operators spectra optim gradient",
-        "measure flows",
+        "flows",
+        "measure processes",
         "record",
         "train",
         "plan sweep replay",
@@ -47,7 +48,8 @@ LAYERS = {
 }
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
 # These know no store and no study file.
-PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "flows"}
+PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
+PURE |= {"flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli"}

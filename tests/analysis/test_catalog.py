@@ -138,8 +138,9 @@ def test_snapshots_are_in_the_table(analysed):
 def test_training_is_in_the_table(analysed, root, monkeypatch):
     found = frame(analysed, "select * from train where run_id = 'lr-1.2_seed-1' order by step")
     ds = plain(analysed, "lr-1.2_seed-1", "train")
-    for name in set(found.columns) - {"run_id"}:
+    for name in set(found.columns) - {"run_id"} - schema.OF_PROCESS.keys():
         np.testing.assert_array_equal(found[name], ds[name], err_msg=name)
+    assert found[list(schema.OF_PROCESS)].isna().all(axis=None)
     monkeypatch.setattr(catalog, "TRAIN_ROWS", 3)
     assert query(root, "select step from train order by run_id, step").rows == [(0,), (2,), (4,)] * 2
 

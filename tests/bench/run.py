@@ -50,7 +50,7 @@ def bare_training(run: RunConfig) -> None:
     data = load_data(run.data, run.seed)
     x, y = (torch.as_tensor(array, dtype=torch.float32) for array in (data.x, data.y))
     model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, torch.float32)
-    parameters, rule = list(model.parameters()), UPDATES[run.update.name]
+    parameters, rule = list(model.parameters()), UPDATES[run.update.name](**run.update.model_dump(exclude={"name"}))
     state = rule.init(parameters)
     for _ in range(run.stop.steps + 1):
         loss = LOSSES[run.loss.name](model(x), y)

@@ -27,6 +27,7 @@ from pipeline.config import (
     RunConfig,
     Stop,
     check_imports_allowed,
+    config_of,
     load_study,
     needs_import,
     shipped,
@@ -262,12 +263,20 @@ SAID = [
     ("seed=1.0", "--set seed = 1.0: must be a whole number"),
     ("seed=4294967296", "--set seed = 4294967296: must be at most 4294967295"),
     ("seed=99999999999999999999", "--set seed: the number has more than 64 bits"),
-    ("process=midpoint", '--set process = "midpoint": must be one of discrete'),
+    ("process=adiabatic", '--set process = "adiabatic": must be one of discrete, midpoint'),
     ("paper=os.path", '--set paper = "os.path": must be a name of letters, digits and underscores'),
     ("claims=['a b']", '--set claims[0] = "a b": must be names of letters, digits and underscores'),
     ("claims=one", '--set claims = "one": must be a list'),
     ("title=3", "--set title = 3: must be text in quotes"),
     ("title=''", '--set title = "": must not be empty'),
+    ("loss.name=entropy", '--set loss.name = "entropy": must be one of mse, cross_entropy; did you mean "cross_ent'),
+    ("update.name=adm", '--set update.name = "adm": must be one of gd, sgd, heavy_ball, nesterov, rmsprop, adam; did'),
+    ("update.name=sgd", "update.batch_size: missing"),
+    ("update={name='sgd',batch_size=0}", "--set update.batch_size = 0: must be at least 1"),
+    ("update={name='nesterov',momentum=1.0}", "--set update.momentum = 1.0: must be less than 1"),
+    ("update={name='heavy_ball',momentum=-0.1}", "--set update.momentum = -0.1: must be at least 0"),
+    ("update={name='rmsprop',epsilon=0.0}", "--set update.epsilon = 0.0: must be more than 0"),
+    ("update={name='adam',momentum=0.9}", "--set update.momentum = 0.9: unknown key (allowed: beta1, beta2, epsilon,"),
     ("stop.steps=0", "--set stop.steps = 0: must be at least 1"),
     ("stop={}", "--set stop.steps: missing"),
     ("stop.steps.x=1", '--set stop.steps.x: 10 is a value, so it has no key "x"'),
@@ -295,6 +304,23 @@ SAID = [
     ("a..b=3", "must be key=value"),
     ("model.options.s=\udcff", "must be UTF-8 text"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["loss", "update"])
+def test_every_loss_and_rule_has_an_id_of_its_own_and_is_found_in_its_identity(study, table):
+    more = {"sgd": ["update.batch_size=5"]}
+    runs = [one(study, f"{table}.name={name}", *more.get(name, [])) for name in KINDS[table]]
+    assert len({run.run_id for run in runs}) == len(runs)
+    for run in runs:
+        found = config_of(json.loads(json.dumps(run.identity())))
+        assert found.identity() == run.identity()
+        assert type(getattr(found, table)) is type(getattr(run, table))
+
+
+def test_an_option_of_a_rule_can_be_an_axis(study):
+    found = study(MINIMAL, "update.name=heavy_ball", "grid.update.momentum=[0.5,0.9]").runs()
+    assert [run.update.momentum for run in found] == 4 * [0.5, 0.9]
+    assert len({run.run_id for run in found}) == 8
 
 
 @pytest.mark.parametrize(("override", "said"), SAID)
@@ -501,22 +527,35 @@ def test_what_is_recorded_may_be_an_axis(study):
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
+def tables_of_the_page():
+    """The tables of keys on the page, each a list of (key, default, allowed)."""
+    for block in (REPO / "docs/studies.md").read_text().split("\n\n"):
+        rows = [line.split("|") for line in block.splitlines() if line.startswith("| `")]
+        yield [(key.strip().strip("`"), default.strip(), allowed) for _, key, _, default, allowed, *_ in rows]
+
+
 def test_the_page_describes_every_key_with_its_default_and_its_values():
-    rows = [line.split("|") for line in (REPO / "docs/studies.md").read_text().splitlines() if line.startswith("| `")]
-    page = [(key.strip().strip("`"), default.strip(), allowed) for _, key, _, default, allowed, *_ in rows]
+    page = list(tables_of_the_page())
     tables = [("", Heading), ("", RunConfig), ("", CadenceTable)]
     tables += [(f"{name}.", kind) for name, kinds in KINDS.items() for kind in kinds.values()]
     tables += [(f"{name}.", table) for name, table in TABLES.items()]
     tables += [("", kind) for kind in dict.fromkeys(KERNELS.values())]
-    expected = 1  # grid
+    described = {("grid", "none", " see below ")}
     for prefix, table in tables:
+        # A kind has a table of its own, which says its name, and may share those that say none.
+        names = [[allowed for key, _, allowed in rows if key == f"{prefix}name"] for rows in page]
+        kind = table.model_fields["name"].default if "name" in table.model_fields else None
+        own = [
+            rows
+            for rows, said in zip(page, names, strict=True)
+            if not said or any(f'`"{kind}"`' in one for one in said)
+        ]
         for name, info in table.model_fields.items():
             key = prefix + (info.alias or name)
             if key in {*KINDS, *TABLES, "axes", "name"}:
                 continue
-            expected += 1
             values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
-            needed = key in ("data.name", "model.name") and values[0] in ("digits", "mlp")
+            needed = name == "name" and key.split(".")[0] in KINDS and kind not in ("file", "import", "mse", "gd")
             if info.is_required() or needed:
                 defaults = {"required"}
             elif info.default is None:
@@ -527,11 +566,12 @@ def test_the_page_describes_every_key_with_its_default_and_its_values():
             else:
                 defaults = {f"`{json.dumps(info.default)}`"}
             found = [
-                row for row in page
+                row for rows in own for row in rows
                 if row[0] == key and row[1] in defaults and all(f'`"{value}"`' in row[2] for value in values)
             ]  # fmt: skip
-            assert len(found) == 1, f"{key} with default {defaults} and values {values}"
-    assert len(page) == expected
+            assert len(found) == 1, f"{key} of {kind} with default {defaults} and values {values}"
+            described.update(found)
+    assert {row for rows in page for row in rows} == described
 
 
 def test_the_example_of_the_page_is_a_study(study):

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.gradient import PART, FullBatch
+from pipeline.errors import InputError
+from pipeline.gradient import PART, FullBatch, MiniBatches
 from pipeline.losses import LOSSES
 
 
@@ -81,3 +84,45 @@ def test_images_go_channels_last_where_the_model_takes_them():
     model, x, y = problem("a view of the images", 4)
     FullBatch(model, LOSSES["mse"], x, y)
     assert not model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [1, PART + 3])
+def test_some_examples_have_the_gradient_of_their_own_loss(name, size):
+    model, x, y = problem(name, 2 * PART)
+    plain, some = copy.deepcopy(model), torch.randperm(2 * PART)[:size]
+    value = LOSSES["mse"](plain(x[some]), y[some])
+    expected = torch.autograd.grad(value, list(plain.parameters()))
+    found = FullBatch(model, LOSSES["mse"], x, y).gradient(list(model.parameters()), some)
+    assert found.loss == pytest.approx(value.item(), rel=1e-12)
+    for gradient, reference in zip(found.gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-14)
+
+
+@given(n=st.integers(1, 30), data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_an_epoch_takes_no_example_twice_and_the_next_one_is_another(n, data, seed):
+    size = data.draw(st.integers(1, n))
+    batches = MiniBatches(n, size, seed)
+    per_epoch = n // size
+    epochs = [[batches.examples(epoch * per_epoch + i).tolist() for i in range(per_epoch)] for epoch in range(3)]
+    for epoch in epochs:
+        taken = [example for batch in epoch for example in batch]
+        assert len(set(taken)) == len(taken) == per_epoch * size
+        assert set(taken) <= set(range(n))
+    if n >= 20 and size < n:
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert epochs[0] != [MiniBatches(n, size, seed + 1).examples(i).tolist() for i in range(per_epoch)]
+
+
+def test_batches_are_the_same_wherever_they_are_taken_up():
+    batches = MiniBatches(11, 4, 0)
+    late = batches.examples(7)
+    for step in range(7):
+        batches.examples(step)
+    assert torch.equal(batches.examples(7), late)
+    assert torch.equal(MiniBatches(11, 4, 0).examples(7), late)
+
+
+def test_a_batch_of_more_examples_than_there_are_is_refused():
+    with pytest.raises(InputError, match=r"update.batch_size = 12: must be at most the 11 examples"):
+        MiniBatches(11, 12, 0)

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import eigsh
 
 from pipeline.errors import InputError
 from pipeline.losses import mse
-from pipeline.operators import GaussNewtonOperator, HessianOperator, NTKOperator
+from pipeline.operators import GaussNewtonOperator, HessianOperator, NTKOperator, Preconditioned
 from pipeline.spectra import as_matrix, lanczos
 
 
@@ -75,6 +75,19 @@ def test_every_operator_is_its_matrix(shapes, frozen):
         np.testing.assert_allclose(
             formed(GaussNewtonOperator(model, loss, x, y)), dense_gauss_newton(model, loss, x, y), **close
         )
+
+
+@given(shapes=st.fixed_dictionaries(SHAPES), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_a_preconditioned_hessian_is_its_matrix_and_has_the_spectrum_of_the_inverse_times_it(shapes, seed):
+    model, x, y = problem(**shapes)
+    hessian = dense_hessian(model, mse, x, y)
+    diagonal = np.random.default_rng(seed).uniform(0.1, 10, len(hessian))
+    operator = Preconditioned(HessianOperator(model, mse, x, y), torch.tensor(diagonal))
+    matrix = np.stack([operator.apply(row).numpy() for row in torch.eye(len(hessian), dtype=torch.float64)])
+    np.testing.assert_allclose(matrix, hessian / np.sqrt(np.outer(diagonal, diagonal)), rtol=1e-9, atol=1e-11)
+    top = lanczos(operator, tolerance=1e-8).values[0].item()
+    assert top == pytest.approx(np.linalg.eigvals(hessian / diagonal[:, None]).real.max(), rel=1e-6, abs=1e-9)
 
 
 def test_a_cross_kernel_and_its_adjoint():

@@ -60,6 +60,12 @@ def test_what_is_recorded_on_request_is_counted(study, tmp_path):
     (planned,) = plan_runs([one(study, *plain, "record.hessian={every=5}", "record.hessian_eigenpairs=2")], "nowhere")
     assert planned.rows["hessian"] == 5 + 1
     assert planned.nbytes - bare.nbytes == 6 * (4 * 8 + 16 + 2 * 2 * 8 + 8)
+    (adam,) = plan_runs(
+        [one(study, *plain, "record.hessian={every=5}", "record.hessian_eigenpairs=2", "update.name=adam")], "nowhere"
+    )
+    assert adam.nbytes - planned.nbytes == 6 * 8
+    (midpoint,) = plan_runs([one(study, *plain, "process=midpoint")], "nowhere")
+    assert midpoint.nbytes - bare.nbytes == 21 * 8
 
 
 @pytest.mark.parametrize(
@@ -68,8 +74,9 @@ def test_what_is_recorded_on_request_is_counted(study, tmp_path):
         (["record.ntk_full=true"], "record.ntk_full = true: the data have one output"),
         (["record.hessian={}", "record.hessian_eigenpairs=9000"],
          "record.hessian_eigenpairs = 9000: must be at most p = 8385 parameters"),
+        (["update.name=sgd", "update.batch_size=301"], "update.batch_size = 301: must be at most n = 300"),
     ],
-    ids=["one_output", "too_many"],
+    ids=["one_output", "too_many", "batch"],
 )  # fmt: skip
 def test_what_cannot_be_recorded_is_refused_before_anything_is_written(study, overrides, said):
     assert said in message(lambda: plan_runs([one(study, *overrides)], "nowhere"), InputError)

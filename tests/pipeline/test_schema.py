@@ -49,10 +49,21 @@ def test_the_name_of_a_variable_tells_its_kernel(name, kernel):
 
 
 def test_what_is_on_request_is_in_no_row_unless_it_is_named():
-    assert not schema.ON_REQUEST.keys() & schema.GROUPS["snapshots"].keys()
+    for group, more in schema.MORE.items():
+        assert not more.keys() & schema.GROUPS[group].keys()
     names = schema.recorded(layers=True, full=True)["snapshots"]
     assert {"ntk_layer", "ntk_full"} <= {variable.name for variable in row_variables("snapshots", names)}
     assert schema.recorded()["snapshots"] == list(schema.GROUPS["snapshots"])
+    names = schema.recorded(preconditioned=True)["hessian"]
+    assert [variable.name for variable in row_variables("hessian", names)][-2:] == [
+        "preconditioned_sharpness",
+        "digest",
+    ]
+    assert schema.recorded()["hessian"] == list(schema.HESSIAN)
+
+
+def test_what_a_process_gives_is_described():
+    assert {name for given in schema.GIVEN_BY.values() for name in given} <= schema.OF_PROCESS.keys()
 
 
 def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
@@ -63,7 +74,8 @@ def test_times_and_digests_are_not_part_of_the_identity_and_all_else_is():
 
 
 def test_every_variable_says_what_it_is():
-    for variable in [*schema.PROBE.values(), *(v for group in schema.GROUPS for v in row_variables(group))]:
+    more = [variable for group in schema.MORE.values() for variable in group.values()]
+    for variable in [*schema.PROBE.values(), *more, *(v for group in schema.GROUPS for v in row_variables(group))]:
         assert variable.units
         assert variable.long_name
         assert variable.description.endswith(".")

@@ -1,0 +1,231 @@
+"""Reading a study file: TOML, overrides, and the runs that come of them."""
+
+import functools
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.models import Imported
+from pipeline.config.reader import Reader
+from pipeline.config.run import KINDS, Heading, RunConfig, kind_of
+from pipeline.config.tables import at, replaced
+from pipeline.config.words import line, nearest, show
+from pipeline.errors import MissingError, StudyError
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated study.
+
+    Attributes:
+        name: stem of its file.
+        title: one line for people.
+        paper: its module in `analysis.studies`, or None.
+        claims: what it must reproduce.
+        source: text of the file, as read.
+        overrides: the `key=value` that were laid over it.
+    """
+
+    name: str
+    title: str
+    paper: str | None
+    claims: tuple[str, ...]
+    source: str = field(repr=False)
+    overrides: tuple[str, ...]
+    _runs: tuple[RunConfig, ...] = field(repr=False)
+
+    def runs(self) -> list[RunConfig]:
+        """The grid's points: learning rates in the order listed, within each the seeds, then `[grid]`, last fastest."""
+        return list(self._runs)
+
+
+def needs_import(study: Study) -> bool:
+    """Whether running the study imports code of the user's."""
+    return any(isinstance(run.model, Imported) for run in study.runs())
+
+
+def check_imports_allowed(study: Study, allowed: bool) -> None:
+    """Raise StudyError if the study imports a user's code and that was not allowed."""
+    if needs_import(study) and not allowed:
+        paths = {run.model.import_path for run in study.runs() if isinstance(run.model, Imported)}
+        raise StudyError(
+            f"{study.name}: model.import = {show(min(paths))} runs code from outside this package; "
+            "pass --allow-imports if you trust it"
+        )
+
+
+def studies_dir() -> Path:
+    """The folder of the shipped study files: inside an installed package, or `data/studies` of the repository."""
+    installed = Path(__file__).parents[1] / "studies"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "data" / "studies"
+
+
+def shipped() -> list[str]:
+    """Names of the shipped studies."""
+    return sorted(path.stem for path in studies_dir().glob("*.toml"))
+
+
+def load_study(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and validate a study.
+
+    Args:
+        name_or_path: a shipped name ("digits") or the path of a .toml file.
+        overrides: "key.path=value" with the value in TOML; a bare word is text. An override of a grid axis replaces
+            the values of the axis. One that changes the kind of a table (data.file on digits, model.import on an
+            MLP) starts that table afresh, wherever it stands among the overrides.
+
+    Raises:
+        MissingError: if there is no such study.
+        StudyError: for anything in it that cannot be used.
+    """
+    if str(name_or_path) in shipped():
+        label, path = f"{name_or_path}.toml", studies_dir() / f"{name_or_path}.toml"
+    else:
+        label, path = str(name_or_path), Path(name_or_path)
+    source = _read(label, path)
+    raw = _normalised(f"{label}:", _parsed(label, source), path.parent)
+    raw, overridden = _overridden(raw, overrides)
+    reader = Reader(label, overridden)
+    heading = reader.heading(raw)
+    runs = tuple(reader.runs({key: value for key, value in raw.items() if key not in Heading.model_fields}))
+    return Study(path.stem, heading.title, heading.paper, heading.claims, source, tuple(overrides), runs)
+
+
+def _read(label: str, path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        hint = nearest(path.stem, shipped())
+        names = ", ".join(shipped())
+        raise MissingError(line(f"{label}: no such study{hint} (shipped: {names}; or the path of a .toml)")) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StudyError(line(f"{label}: cannot be read: {reason}")) from None
+    if len(content) > MAX_BYTES:
+        raise StudyError(line(f"{label}: more than {MAX_BYTES} bytes, so not a study file"))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StudyError(line(f"{label}: not UTF-8 text (byte {error.start}); save it as UTF-8")) from None
+
+
+def _parsed(label: str, source: str) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise StudyError(line(f"{label}: not valid TOML: {error}")) from None
+    _check_tree(f"{label}:", raw)
+    return raw
+
+
+def _check_tree(source: str, value: Any, key: str = "", depth: int = 0) -> None:
+    """Refuse what TOML can hold and no key takes, also among the options of a user's own model."""
+    if depth > MAX_DEPTH:
+        raise StudyError(line(f"{source} {key[:60]}: more than {MAX_DEPTH} tables or lists inside one another"))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_tree(source, item, f"{key}.{name}" if key else name, depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_tree(source, item, f"{key}[{i}]", depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise StudyError(line(f"{source} {key}: the number has more than 64 bits"))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise StudyError(line(f"{source} {key} = {value}: must be a finite number"))
+    elif not isinstance(value, str | int | float):
+        raise StudyError(line(f"{source} {key} = {value}: no key takes a date or a time; write text in quotes"))
+
+
+def _normalised(source: str, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One spelling for what has several: [grid] by dotted keys, and `data.file` absolute, seen from `folder`."""
+
+    def absolute(file: Any) -> Any:
+        if isinstance(file, list):
+            return [absolute(one) for one in file]
+        return os.path.abspath(folder / os.path.expanduser(file)) if isinstance(file, str) and file else file
+
+    def flat(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            if isinstance(value, dict) and value:
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    raw = dict(raw)
+    if isinstance(raw.get("data"), dict) and "file" in raw["data"]:
+        raw["data"] = raw["data"] | {"file": absolute(raw["data"]["file"])}
+    if "grid" in raw:
+        if not isinstance(raw["grid"], dict):
+            raise StudyError(line(f"{source} grid = {show(raw['grid'])}: must be a table of axes"))
+        pairs = list(flat(raw["grid"], ""))
+        grid = dict(pairs)
+        if len(grid) < len(pairs):
+            raise StudyError(line(f"{source} grid: an axis is given twice (axes: {', '.join(k for k, _ in pairs)})"))
+        raw["grid"] = {key: absolute(value) if key == "data.file" else value for key, value in grid.items()}
+    return raw
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+
+def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """`raw` with the overrides laid over it, and their dotted keys."""
+    pairs = [_override(text) for text in overrides]
+    # What decides the kind of a table comes first, so that the order of the options does not matter.
+    pairs.sort(key=lambda pair: _kind_set(*pair) is None)
+    for key, value in pairs:
+        raw = _fresh_kind(raw, key, value)
+        keys = ["grid", key] if key in raw.get("grid", {}) else key.split(".")
+        nested = functools.reduce(lambda inner, part: {part: inner}, reversed(keys), value)
+        nested = _normalised("--set", nested, Path.cwd())
+        if keys[0] == "grid":
+            raw = raw | {"grid": raw.get("grid", {}) | nested["grid"]}
+        else:
+            raw = replaced(f"--set {key}", raw, keys, at(nested, keys))
+    return raw, {key.removeprefix("grid.") for key, _ in pairs}
+
+
+def _override(text: str) -> tuple[str, Any]:
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise StudyError(line(f"--set {text[:60]}: must be UTF-8 text"))
+    key, equals, written = text.partition("=")
+    key, written = key.strip(), written.strip()
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise StudyError(line(f"--set {show(text)}: must be key=value, for example learning_rate=[0.1,0.2]"))
+    try:
+        value = tomllib.loads(f"value = {written}")
+        if value.keys() != {"value"}:
+            raise ValueError("more than one value")
+    except (ValueError, RecursionError) as error:
+        if not written or written[0] in "[{\"'" or "\n" in written:
+            raise StudyError(line(f"--set {key}={written[:60]}: not a TOML value: {error}")) from None
+        value = {"value": written}
+    _check_tree("--set", {key: value["value"]})
+    return key, value["value"]
+
+
+def _fresh_kind(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`raw` with the table of `key` emptied, and its axes gone, if the override gives it another kind."""
+    kind, table = _kind_set(key, value), key.split(".")[0]
+    if kind is None or kind == kind_of(table, raw.get(table)):
+        return raw
+    grid = {axis: values for axis, values in raw.get("grid", {}).items() if not axis.startswith(f"{table}.")}
+    return raw | {table: {}, "grid": grid}
+
+
+def _kind_set(key: str, value: Any) -> str | None:
+    """The kind of table that an override chooses, if it chooses one: data.name=file, data.file=..., model.import=..."""
+    table, _, last = key.partition(".")
+    kinds = KINDS.get(table, {})
+    if last in kinds:
+        return last
+    return value if last == "name" and isinstance(value, str) and value in kinds else None
