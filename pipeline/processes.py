@@ -88,13 +88,13 @@ class Process(ABC):
             NonFiniteKernel: if the process diverges.
         """
 
-    @abstractmethod
     def preconditioner(self) -> Tensor:
         """The diagonal P (p,) by which the rule's step from this row divides.
 
         Raises:
-            InputError: if the rule has none.
+            InputError: if there is none.
         """
+        raise InputError(f"{type(self).__name__} has no preconditioner")
 
     @abstractmethod
     def state(self) -> State:
