@@ -169,6 +169,21 @@ class HessianOperator(ModelOperator):
         self.gradient = self._slope.detach()
         super().__init__(parameters, 2 * (_count(parameters),))
 
+    def gradients(self, vectors: Tensor) -> Tensor:
+        """∂(u_iᵀ H u_j)/∂θ (k, k, p) for all pairs of the columns of u (p, k), which are held fixed.
+
+        At a simple eigenvalue of H and its unit eigenvector u that is the gradient of the eigenvalue. It takes third
+        derivatives of the model, for which torch's own layer norm has a wrong formula.
+        """
+        k = vectors.shape[1]
+        found = vectors.new_empty(k, k, self.shape[0])
+        for j in range(k):
+            with torch.enable_grad():
+                image = _pull(self._slope, self._parameters, vectors[:, j], create_graph=True)
+            for i in range(j + 1):
+                found[i, j] = found[j, i] = _pull(image, self._parameters, vectors[:, i])
+        return found
+
     def _product(self, vector: Tensor) -> Tensor:
         return _pull(self._slope, self._parameters, vector)
 
@@ -247,12 +262,15 @@ def _gradient(loss: Loss, prediction: Tensor, target: Tensor, inputs: Sequence[T
         return _flat(torch.autograd.grad(loss(prediction, target), inputs, create_graph=True, materialize_grads=True))
 
 
-def _pull(output: Tensor, inputs: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """(∂output/∂inputs)ᵀ v, flat, by one backward pass; the graph is kept."""
+def _pull(output: Tensor, inputs: Sequence[Tensor], vector: Tensor, *, create_graph: bool = False) -> Tensor:
+    """(∂output/∂inputs)ᵀ v, flat, by one backward pass; the graph is kept, and the result has one if asked for."""
     if not output.requires_grad:  # a constant, as the slope of a linear loss
         return vector.new_zeros(_count(inputs))
-    weight = vector.view(output.shape)
-    return _flat(torch.autograd.grad(output, inputs, weight, retain_graph=True, materialize_grads=True))
+    weight = vector.reshape(output.shape)
+    pulled = torch.autograd.grad(
+        output, inputs, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return _flat(pulled)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

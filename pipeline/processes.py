@@ -1,7 +1,11 @@
 """Processes: what moves a model from the row of one step to the row of the next.
 
-    discrete   θ_{t+1} = rule(θ_t, ∇L(θ_t), η)
-    midpoint   θ*_t = (θ_{t-1} + 2 θ_t + θ_{t+1}) / 4,    θ*_0 = θ_0
+    discrete        θ_{t+1} = rule(θ_t, ∇L(θ_t), η)
+    midpoint        θ*_t = (θ_{t-1} + 2 θ_t + θ_{t+1}) / 4,    θ*_0 = θ_0
+    gradient_flow   θ(t),    dθ/dt = -η ∇L(θ)
+    central_flow    θ(t),    dθ/dt = -η [∇L(θ) + ½ ∇⟨H(θ), Σ(t)⟩]
+
+The flows are those of gradient descent, whose step is their unit of time: row t describes time t.
 
 Whatever a process is, the model holds the parameters of the row that is being measured: kernel, loss and sharpness are
 taken there. What else its next rows depend on are tensors of its state, which a checkpoint keeps.
@@ -15,6 +19,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from pipeline import flows
 from pipeline.errors import InputError
 from pipeline.gradient import FullBatch, FullGradient, MiniBatches
 from pipeline.losses import Loss
@@ -69,11 +74,19 @@ class Process(ABC):
 
     @abstractmethod
     def row(self) -> Row:
-        """Loss, predictions and gradient where the model stands, and the columns of the process."""
+        """Loss, predictions and gradient where the model stands, and the columns of the process.
+
+        Raises:
+            NonFiniteKernel: if the process has diverged.
+        """
 
     @abstractmethod
     def advance(self, step: int) -> None:
-        """Move the model from the row of `step` to that of `step` + 1."""
+        """Move the model from the row of `step` to that of `step` + 1.
+
+        Raises:
+            NonFiniteKernel: if the process diverges.
+        """
 
     def preconditioner(self) -> Tensor:
         """The diagonal P (p,) by which the rule's step from this row divides.
@@ -189,6 +202,62 @@ class Midpoint(_Stepping):
         return sum(float((a - b.detach()).double().reshape(-1).square().sum()) for a, b in pairs)
 
 
+class _Flow(Process):
+    """What the flows of gradient descent share."""
+
+    def preconditioner(self) -> Tensor:
+        """None: gradient descent has none."""
+        raise InputError("a flow of gradient descent has no preconditioner")
+
+
+@final
+class GradientFlow(_Flow):
+    """Gradient flow."""
+
+    def row(self) -> Row:
+        """The flow at time t."""
+        return Row(self.batch.gradient(self.parameters), {})
+
+    def advance(self, step: int) -> None:
+        """The flow a unit of time later."""
+        flows.gradient_flow(self.batch, self.parameters, self.problem.learning_rate)
+
+    def state(self) -> State:
+        """No state."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Nothing to restore."""
+
+
+@final
+class CentralFlow(_Flow):
+    """The central flow. A row gives `oscillation`, tr Σ, and `critical`, the critical eigenvalues of the Hessian."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._flow = flows.CentralFlow(problem.model, problem.criterion, problem.x, problem.y, problem.learning_rate)
+        self._start: Tensor | None = None
+
+    def row(self) -> Row:
+        """The flow at time t, and its Σ there."""
+        here = self.batch.gradient(self.parameters)
+        self._rate = self._flow.rate(self._start)
+        return Row(here, {"oscillation": self._rate.variance, "critical": self._rate.critical})
+
+    def advance(self, step: int) -> None:
+        """The flow a unit of time later."""
+        self._start = self._flow.advance(self._rate)
+
+    def state(self) -> State:
+        """The eigenvectors from which those of this row were sought, so that it can be measured again."""
+        return {} if self._start is None else {"vectors": self._start}
+
+    def restore(self, state: State) -> None:
+        """The eigenvectors."""
+        self._start = state["vectors"]
+
+
 @torch.no_grad()
 def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Give the parameters other values, in place."""
@@ -203,4 +272,9 @@ def _flat(tensors: Sequence[Tensor] | None) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-PROCESSES: Mapping[str, type[Process]] = {"discrete": Discrete, "midpoint": Midpoint}
+PROCESSES: Mapping[str, type[Process]] = {
+    "discrete": Discrete,
+    "midpoint": Midpoint,
+    "gradient_flow": GradientFlow,
+    "central_flow": CentralFlow,
+}

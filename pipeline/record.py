@@ -343,8 +343,7 @@ class Recorder:
             try:
                 writer.append(step, self._rows(step, loss, last, train))
             except (NonFiniteKernel, NonFiniteRow) as error:
-                self._commit(step)
-                writer.finish("diverged", str(error))
+                self.diverge(step, str(error))
                 return False
         self._checkpoint.lowest_loss = min(self._checkpoint.lowest_loss, loss)
         now = time.monotonic()
@@ -362,6 +361,16 @@ class Recorder:
     def interrupt(self, step: int) -> None:
         """Commit everything up to `step`; to be called between `record(step, ...)` and the update that follows."""
         self._commit(step)
+
+    def diverge(self, step: int, reason: str) -> None:
+        """End the run as diverged at `step`; what has a row stays.
+
+        Args:
+            step: at which there is nothing finite to record.
+            reason: one line for people.
+        """
+        self._commit(step)
+        self._open_writer().finish("diverged", reason)
 
     # --- measuring --------------------------------------------------------------------------------------------------
 

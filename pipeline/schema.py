@@ -226,7 +226,12 @@ OF_PROCESS = _by_name([
         "How many eigenvalues of the Hessian are at 2/η, of the process central_flow alone.",
     ),
 ])  # fmt: skip
-GIVEN_BY: dict[str, tuple[str, ...]] = {"discrete": (), "midpoint": ("oscillation",)}
+GIVEN_BY: dict[str, tuple[str, ...]] = {
+    "discrete": (),
+    "midpoint": ("oscillation",),
+    "gradient_flow": (),
+    "central_flow": ("oscillation", "critical"),
+}
 
 PROBE = _by_name([
     Variable("sample_index", ("sample",), "int64", "1", "example", "Row of the dataset that this example came from."),

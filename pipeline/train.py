@@ -23,6 +23,7 @@ from pipeline.models import build_model
 from pipeline.optim import UPDATES
 from pipeline.processes import PROCESSES, Problem
 from pipeline.record import Probe, Recorder
+from pipeline.spectra import NonFiniteKernel
 
 
 def train(
@@ -100,17 +101,20 @@ def train(
                 recorder.extend()
             if recorder.restored_state:
                 process.restore({name: tensor.to(device) for name, tensor in recorder.restored_state.items()})
-            for step in recorder:
-                (loss, prediction, gradients), columns = process.row()
-                measured = {"grad_norm": _norm(gradients), **columns}
-                if data.labels:
-                    measured["accuracy"] = accuracy(prediction, y)
-                if not recorder.record(step, loss=loss, last=run.stop.reached(loss), **measured):
-                    break
-                if should_stop():
-                    recorder.interrupt(step)
-                    return "interrupted"
-                process.advance(step)
+            try:
+                for step in recorder:
+                    (loss, prediction, gradients), columns = process.row()
+                    measured = {"grad_norm": _norm(gradients), **columns}
+                    if data.labels:
+                        measured["accuracy"] = accuracy(prediction, y)
+                    if not recorder.record(step, loss=loss, last=run.stop.reached(loss), **measured):
+                        break
+                    if should_stop():
+                        recorder.interrupt(step)
+                        return "interrupted"
+                    process.advance(step)
+            except NonFiniteKernel as error:
+                recorder.diverge(step, str(error))
             return recorder.status
 
 

@@ -23,6 +23,7 @@ LAYERS = {
         "config verify",
         "data models losses",
         "kernels operators spectra optim gradient",
+        "flows",
         "measure processes",
         "record",
         "train",
@@ -49,12 +50,13 @@ LAYERS = {
 SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
+PURE |= {"flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
 TORCH_FREE |= {"verify", "cli", "images"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
-TRAINING_ONLY = {"torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`
+TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
 Unit = tuple[str, str]  # package and the name that has a place in it, such as ("analysis", "studies")
 

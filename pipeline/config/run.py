@@ -44,7 +44,8 @@ class RunConfig(Table):
     Attributes:
         learning_rate: step size η.
         seed: of data, initialisation and order.
-        process: what moves the parameters from row to row: the steps of the update rule, or their midpoints.
+        process: what moves the parameters from row to row: the steps of the update rule, their midpoints, or a flow of
+            gradient descent.
         axes: value of each grid axis at this point; always has learning_rate and seed.
     """
 
@@ -52,7 +53,7 @@ class RunConfig(Table):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     model: Mlp | TwoLayerLinear | DeepLinear | Cnn | Vit | Resnet | Imported
     data: Digits | Cifar10 | Chebyshev | WhitenedLinear | OneOutlier | Patterns1d | File
-    process: Literal["discrete", "midpoint"] = "discrete"
+    process: Literal["discrete", "midpoint", "gradient_flow", "central_flow"] = "discrete"
     loss: Mse | CrossEntropy = Mse()
     update: GradientDescent | StochasticGradientDescent | HeavyBall | Nesterov | RmsProp | Adam = GradientDescent()
     stop: Stop
@@ -67,6 +68,16 @@ class RunConfig(Table):
                 "eigenpairs",
                 "record.eigenpairs = {k}: must be at most data.n = {n}",
                 {"k": self.record.eigenpairs, "n": self.data.n},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flows_are_of_gradient_descent(self) -> "RunConfig":
+        if self.process.endswith("_flow") and self.update.name != "gd":
+            raise PydanticCustomError(
+                "flow",
+                'process = "{process}": needs update.name = "gd", of which it is the flow, not "{update}"',
+                {"process": self.process, "update": self.update.name},
             )
         return self
 

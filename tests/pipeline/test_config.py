@@ -221,6 +221,15 @@ def test_family_is_shared_by_processes_only(study):
     assert one(study, "model.width=3").family != run.family
 
 
+@pytest.mark.parametrize("update", ["update.name=adam", "update={name='sgd',batch_size=5}"])
+def test_a_flow_is_one_of_gradient_descent_on_all_examples(study, update):
+    for process in ("gradient_flow", "central_flow"):
+        assert one(study, f"process={process}").process == process
+        text = message(lambda process=process: study(MINIMAL, f"process={process}", update))
+        assert f'process = "{process}": needs update.name = "gd", of which it is the flow, not "' in text
+        assert_one_plain_line(text)
+
+
 def test_loss_levels_are_sorted(study):
     assert one(study, "record.loss_levels=[0.1,0.5,0.2]").record.loss_levels == (0.5, 0.2, 0.1)
 
@@ -292,7 +301,7 @@ SAID = [
     ("seed=1.0", "--set seed = 1.0: must be a whole number"),
     ("seed=4294967296", "--set seed = 4294967296: must be at most 4294967295"),
     ("seed=99999999999999999999", "--set seed: the number has more than 64 bits"),
-    ("process=adiabatic", '--set process = "adiabatic": must be one of discrete, midpoint'),
+    ("process=adiabatic", '--set process = "adiabatic": must be one of discrete, midpoint, gradient_flow, cent'),
     ("paper=os.path", '--set paper = "os.path": must be a name of letters, digits and underscores'),
     ("claims=['a b']", '--set claims[0] = "a b": must be names of letters, digits and underscores'),
     ("claims=one", '--set claims = "one": must be a list'),

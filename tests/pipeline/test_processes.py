@@ -14,6 +14,7 @@ from pipeline.models import build_model
 from pipeline.optim import UPDATES, GradientDescent
 from pipeline.processes import PROCESSES, Problem
 from pipeline.seeds import stream
+from pipeline.spectra import NonFiniteKernel
 from pipeline.store import find_run
 from pipeline.train import train
 
@@ -48,6 +49,7 @@ def of(name: str) -> dict:
 
 RESUMED = [(process, "gd", "float64") for process in PROCESSES]
 RESUMED += [("discrete", update, "float32") for update in UPDATES] + [("midpoint", "adam", "float32")]
+RESUMED += [("central_flow", "gd", "float32")]
 
 
 @pytest.mark.parametrize(("process", "update", "dtype"), RESUMED)
@@ -122,6 +124,65 @@ def test_on_a_quadratic_an_oscillation_of_period_two_leaves_the_midpoints_at_res
         found.append((process.row().columns["oscillation"], model.weight.item()))
         process.advance(step)
     assert found == [(0.0, 3.0), (9.0, 0.0), (9.0, 0.0), (9.0, 0.0)]
+
+
+def test_below_the_edge_all_processes_of_gradient_descent_are_one(tmp_path):
+    last = {}
+    for name in PROCESSES:
+        run = config(process=name, learning_rate=0.01, stop=Stop(steps=20), record=Record(eigenpairs=2))
+        train(run, str(tmp_path))
+        last[name] = find_run(tmp_path, run.run_id)
+    assert len({recorded.attrs["family"] for recorded in last.values()}) == 1
+    assert last["central_flow"].read("train/critical").tolist() == 21 * [0]
+    assert last["central_flow"].read("train/oscillation").tolist() == 21 * [0.0]
+    first, *_, end = last["gradient_flow"].read("train/loss")
+    for name, away in (("discrete", 3e-2), ("midpoint", 3e-2), ("central_flow", 1e-2)):  # whole steps, and quarters
+        assert last[name].read("train/loss")[-1] == pytest.approx(end, abs=away * (first - end))
+
+
+def test_at_the_edge_the_central_flow_is_stable_and_gradient_flow_goes_past_it(tmp_path):
+    found = {}
+    for name in ("central_flow", "gradient_flow"):
+        record = Record(eigenpairs=2, hessian={"every": 1}, scalars={"every": 20})
+        run = config(process=name, learning_rate=1.0, stop=Stop(steps=12), record=record)
+        assert train(run, str(tmp_path)) == "complete"
+        found[name] = find_run(tmp_path, run.run_id)
+        assert (np.diff(found[name].read("train/loss")) < 0).all()
+    sharpness = {name: recorded.read("hessian/hessian_eigenvalue")[2:, 0] for name, recorded in found.items()}
+    assert np.abs(sharpness["central_flow"] / 2 - 1).max() < 0.01
+    assert (sharpness["gradient_flow"] > 4).all()
+    assert (found["central_flow"].read("train/oscillation") > 0).all()
+    critical = found["central_flow"].read("train/critical")
+    assert critical.dtype == np.int64
+    assert set(critical[-2:]) == {2}
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_a_learning_rate_without_a_central_flow_ends_as_diverged(tmp_path, activation):
+    run = config(process="central_flow", learning_rate=1e3, model=Mlp(width=4, depth=1, activation=activation))
+    for _ in range(2):
+        assert train(run, str(tmp_path)) == "diverged"
+    recorded = find_run(tmp_path, run.run_id)
+    assert recorded.status == "diverged"
+    assert "above 2/η" in recorded.attrs["stop_reason"] or "no finite Σ" in recorded.attrs["stop_reason"]
+
+
+def test_a_flow_that_diverges_on_the_way_keeps_its_rows(tmp_path, monkeypatch):
+    def advance(self, step):
+        if step == 3:
+            raise NonFiniteKernel("the gradient is not finite")
+
+    monkeypatch.setattr(PROCESSES["gradient_flow"], "advance", advance)
+    run = config(process="gradient_flow")
+    assert train(run, str(tmp_path)) == "diverged"
+    recorded = find_run(tmp_path, run.run_id)
+    assert recorded.attrs["stop_reason"] == "the gradient is not finite"
+    assert recorded.read("train/step").tolist() == [0, 1, 2, 3]
+
+
+def test_a_flow_has_no_preconditioner():
+    with pytest.raises(InputError, match="a flow of gradient descent has no preconditioner"):
+        PROCESSES["gradient_flow"](problem()).preconditioner()
 
 
 def test_sgd_takes_the_batches_of_its_epochs_and_measures_all_examples(tmp_path):
