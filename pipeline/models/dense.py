@@ -29,8 +29,9 @@ def mlp(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
 def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """Two linear layers without biases, f = a W x; for one output K = ‖a‖² X Xᵀ + X Wᵀ W Xᵀ.
 
-    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one` and one output, W = aᵀ pᵀ / ‖a‖,
-    p the first row of that draw: gradient descent keeps this form.
+    First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one`, a and W keep of these draws
+    their signs and their first row: a = (init_std / √m) ε with ε = sign a, W = εᵀ qᵀ, a form that gradient descent keeps,
+    of one output. So no product is rounded, and W is of rank one in float64 too.
 
     Args:
         options: `width`, m; `init_std`; `rank_one`.
@@ -46,8 +47,9 @@ def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -
         nn.init.normal_(layer.weight, std=options.init_std / options.width**0.5)
     if options.rank_one:
         with torch.no_grad():
-            a = outer.weight[0]
-            inner.weight.copy_(torch.outer(a / a.norm(), inner.weight[0]))
+            signs = outer.weight.sign()
+            outer.weight.copy_(signs * (options.init_std / options.width**0.5))
+            inner.weight.copy_(torch.outer(signs[0], inner.weight[0]))
     return nn.Sequential(*modules, inner, outer)
 
 

@@ -182,6 +182,16 @@ def test_models_with_an_initialisation_of_their_own():
     check_normal(build(Vit(position="learned"))[2].table, 0.02)
 
 
+def test_the_two_layer_net_of_rank_one_is_so_to_the_last_bit():
+    options = TwoLayerLinear(width=50, init_std=0.3, rank_one=True)
+    w, a = (tensor.detach() for tensor in build(options, (40,), dtype=torch.float64).parameters())
+    p = a[0] @ w / (a[0] @ a[0])
+    torch.testing.assert_close(w, torch.outer(a[0], p), rtol=1e-15, atol=0)
+    assert torch.unique(a.abs()).tolist() == pytest.approx([0.3 / 50**0.5])
+    assert 10 < (a > 0).sum() < 40
+    assert w[0].std().item() == pytest.approx(0.3 / 50**0.5, rel=0.4)
+
+
 def test_the_two_layer_net_draws_a_before_w():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(3, "init").integers(2**63)))
