@@ -30,8 +30,8 @@ def two_layer_linear(options: Any, input_shape: tuple[int, ...], outputs: int) -
     """Two linear layers without biases, f = a W x; for one output K = ‖a‖² X Xᵀ + X Wᵀ W Xᵀ.
 
     First a (c, m), then W (m, d) is drawn from N(0, init_std² / m). With `rank_one`, a and W keep of these draws
-    their signs and their first row: a = (init_std / √m) ε with ε = sign a, W = εᵀ qᵀ, for one output a form that gradient
-    descent keeps. No product is rounded, so W is of rank one in float64 too.
+    their signs and their first row: a = (init_std / √m) ε with ε = sign a, W = εᵀ qᵀ, for one output a form that
+    gradient descent keeps. No product is rounded, so W is of rank one in float64 too.
 
     Args:
         options: `width`, m; `init_std`; `rank_one`.
