@@ -202,16 +202,8 @@ class Midpoint(_Stepping):
         return sum(float((a - b.detach()).double().reshape(-1).square().sum()) for a, b in pairs)
 
 
-class _Flow(Process):
-    """What the flows of gradient descent share."""
-
-    def preconditioner(self) -> Tensor:
-        """None: gradient descent has none."""
-        raise InputError("a flow of gradient descent has no preconditioner")
-
-
 @final
-class GradientFlow(_Flow):
+class GradientFlow(Process):
     """Gradient flow."""
 
     def row(self) -> Row:
@@ -231,7 +223,7 @@ class GradientFlow(_Flow):
 
 
 @final
-class CentralFlow(_Flow):
+class CentralFlow(Process):
     """The central flow. A row gives `oscillation`, tr Σ, and `critical`, the critical eigenvalues of the Hessian."""
 
     def __init__(self, problem: Problem) -> None:

@@ -6,6 +6,7 @@ process throughout, as in a sweep: the Makefile sets BLAS's, the runs set torch'
 """
 
 import argparse
+import copy
 import os
 import shutil
 import statistics
@@ -24,7 +25,10 @@ from pipeline.config import RunConfig, load_study
 from pipeline.data import load_data
 from pipeline.losses import LOSSES
 from pipeline.models import build_model
-from pipeline.optim import UPDATES
+from pipeline.operators import HessianOperator
+from pipeline.optim import UPDATES, GradientDescent
+from pipeline.processes import PROCESSES, Problem, Process
+from pipeline.spectra import lanczos
 from pipeline.store import Writer, list_runs
 from pipeline.train import train
 
@@ -120,6 +124,42 @@ def analysing(folder: Path, steps: int, repeats: int) -> Iterator[Row]:
     yield ("figure (a) by SQL", f"{1e3 * ask:.0f} ms", f"{retrain:.2f} s to train", f"{retrain / ask:.0f} x faster")
 
 
+def curvature(steps: int, repeats: int) -> Iterator[Row]:
+    """A step of the central flow and a search for the sharpness, against gradient descent on digits at the edge."""
+    torch.set_num_threads(1)
+    (run,) = load_study("digits", ["learning_rate=0.4", "seed=0"]).runs()
+    data, criterion = load_data(run.data, run.seed), LOSSES[run.loss.name]
+    x, y = (torch.as_tensor(array, dtype=torch.float32) for array in (data.x, data.y))
+
+    def begun(name: str, model: torch.nn.Module) -> Process:
+        return PROCESSES[name](Problem(model, criterion, x, y, GradientDescent(), run.learning_rate, run.seed))
+
+    def follow(process: Process, times: int = 1) -> None:
+        for step in range(times):
+            process.row()
+            process.advance(step)
+
+    model = build_model(run.model, x.shape[1:], y.shape[1], run.seed, torch.float32)
+    descent = begun("discrete", model)
+    follow(descent, steps)
+    flow = begun("central_flow", copy.deepcopy(model))
+    follow(flow, 10)
+    critical = flow.row().columns["critical"]
+    bare, central = in_turn(5 * repeats, lambda: follow(descent), lambda: follow(flow))
+    yield (f"central flow, {critical} critical", f"{1e3 * central:.1f} ms a step", f"{1e3 * bare:.2f} ms a bare step",
+           f"{central / bare:.1f} x a bare step")  # fmt: skip
+    start = lanczos(HessianOperator(model, criterion, x, y)).vectors
+    follow(descent)
+    for label, where in (("warm", start), ("cold", None)):
+        search, step = in_turn(
+            5 * repeats,
+            lambda where=where: lanczos(HessianOperator(model, criterion, x, y), start=where),
+            lambda: descent.batch.gradient(descent.parameters),
+        )
+        yield (f"sharpness, {label}", f"{1e3 * search:.1f} ms", f"{1e3 * step:.2f} ms a gradient",
+               f"{search / step:.1f} x a gradient")  # fmt: skip
+
+
 def kernels(n: int, count: int) -> np.ndarray:
     """Kernels as a run leaves them, (count, n, n) float32: what is stored is never random noise."""
     rng = np.random.default_rng(0)
@@ -180,6 +220,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
     steps, repeats, n, count = (20, 1, 100, 4) if quick else (400, 5, 1000, 20)
     yield from recording(folder, steps, repeats)
     yield from analysing(folder, steps, repeats)
+    yield from curvature(steps, repeats)
     yield from throughput(folder, n, count, repeats)
 
 

@@ -181,7 +181,7 @@ def test_a_flow_that_diverges_on_the_way_keeps_its_rows(tmp_path, monkeypatch):
 
 
 def test_a_flow_has_no_preconditioner():
-    with pytest.raises(InputError, match="a flow of gradient descent has no preconditioner"):
+    with pytest.raises(InputError, match="GradientFlow has no preconditioner"):
         PROCESSES["gradient_flow"](problem()).preconditioner()
 
 
