@@ -687,6 +687,28 @@ def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as
     ctx.exit(any(problem.damage for problem in problems))
 
 
+@main.command(epilog=example("ntk-eos repair digits", "ntk-eos repair digits --apply"))
+@root_argument
+@click.argument("run_ids", nargs=-1, shell_complete=_complete_run)
+@click.option("--apply", is_flag=True, help="Remove it; without this nothing is changed.")
+@json_option
+def repair(root: str, run_ids: Sequence[str], apply: bool, as_json: bool) -> None:
+    """Show what killed writers left in a store, or remove it. Nothing that was committed is ever touched."""
+    from pipeline.repair import repair_root
+
+    found = repair_root(root, run_ids, apply=apply)
+    if as_json:
+        console.show([{**vars(debris), "path": str(debris.path)} for debris in found], as_json=True)
+        return
+    for debris in found:
+        size = "" if debris.size is None else f", {console.bytes_text(debris.size)}"
+        click.echo(f"{debris.path}: {debris.what}{size}")
+    sizes = [debris.size for debris in found if debris.size is not None]
+    total = f"{len(sizes)} file(s) or folder(s) of {console.bytes_text(sum(sizes))}"
+    done = "removed" if apply else "would be removed; add --apply"
+    click.echo(f"{root}: {f'{total} {done}' if sizes else 'nothing to remove'}", err=True)
+
+
 @main.command(
     epilog=example("ntk-eos export digits --format csv --out tables", "ntk-eos export digits --format netcdf --out nc")
 )

@@ -38,6 +38,7 @@ SUFFIX = ".zarr"
 NEW = ".new-"
 RECORD = "zarr.json"
 LEASE = "LEASE"
+CREATING = ".lock"
 HEARTBEAT = "run.json"
 FINAL = ("complete", "diverged")
 RECORD_LIMIT = 64 * 2**20
@@ -398,7 +399,7 @@ class Writer:
         seed = chain_seed(identity, probe)
         planned = _planned(groups, dims, dtype, zarr3.as_stored(dict(attributes or {})))
         name = run_id + SUFFIX
-        with runs.lease(".lock", _holder(), wait=True):
+        with runs.lease(CREATING, holder(), wait=True):
             # Nobody else creates now, so half-made folders are a killed writer's.
             for hidden in runs.path.glob(f"{NEW}*"):
                 runs.delete(hidden.name)
@@ -425,7 +426,7 @@ class Writer:
                     lease.release()
                     raise
         directory = Directory(runs.path / name)
-        lease = directory.lease(LEASE, _holder())
+        lease = directory.lease(LEASE, holder())
         try:
             directory.sweep()
             run = read_run(directory.path)
@@ -636,7 +637,7 @@ def relabel(run: Run, attrs: Document) -> None:
     if attrs == {name: run.attrs.get(name) for name in attrs}:
         return
     directory = Directory(run.path)
-    with directory.lease(LEASE, _holder()) as lease:
+    with directory.lease(LEASE, holder()) as lease:
         run = read_run(run.path)
         elapsed = run.heartbeat.get("elapsed")
         writer = Writer(directory, lease, run)
@@ -706,7 +707,7 @@ def _create(
     """
     hidden = Directory(runs.path / f"{NEW}{uuid.uuid4().hex}-{name}")
     hidden.make()
-    lease = hidden.lease(LEASE, _holder())
+    lease = hidden.lease(LEASE, holder())
     try:
         for array in (array for members in arrays.values() for array in members):
             hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
@@ -748,6 +749,7 @@ def _attributes(variable: Variable, group: str) -> Document:
     return attributes
 
 
-def _holder() -> bytes:
+def holder() -> bytes:
+    """What a lease says of the process that holds it."""
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()

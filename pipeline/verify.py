@@ -319,6 +319,7 @@ def _debris(run: Run) -> Iterator[Problem]:
         yield Problem(
             run.run_id,
             f"{len(extra)} files that no commit names: {shown}",
-            "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left",
+            "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left; "
+            f"`ntk-eos repair {run.path.parents[1]}` shows which of them can be removed",
             damage=False,
         )

@@ -21,6 +21,7 @@ LAYERS = {
         "disk",
         "store",
         "config verify",
+        "repair",
         "data models losses",
         "kernels operators spectra optim gradient",
         "measure",
@@ -50,7 +51,7 @@ SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of 
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "cli"}
+TORCH_FREE |= {"verify", "repair", "cli"}
 BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
 TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 
