@@ -27,7 +27,7 @@ from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory
 from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, runs_directory
+from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, run_paths, runs_directory
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
     import pandas as pd
@@ -263,9 +263,8 @@ def _known(path: Path) -> dict[str, str] | None:
 
 def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dict[str, str]:
     """What the rows of each run depend on. The record of a finished run is not parsed if its bytes did not change."""
-    folders = [folder for folder in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if folder.is_dir()]
     derived = results.files(root)
-    ids = {folder.name.removesuffix(SUFFIX): folder for folder in folders}
+    ids = {folder.name.removesuffix(SUFFIX): folder for folder in run_paths(root)}
     return {run_id: _fingerprint(ids[run_id], derived.get(run_id, {}), known.get(run_id, "")) for run_id in sorted(ids)}
 
 

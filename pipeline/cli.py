@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
-from pipeline.errors import NtkEosError
+from pipeline.errors import NtkEosError, line
 
 if TYPE_CHECKING:
     from analysis.judge import Judgement
@@ -680,8 +680,8 @@ def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as
         console.show([vars(problem) for problem in problems], as_json=True)
     else:
         for problem in problems:
-            click.echo(f"{'damaged' if problem.damage else 'note   '}  {problem.where}: {problem.what}")
-            click.echo(f"         {problem.mend}")
+            click.echo(line(f"{'damaged' if problem.damage else 'note   '}  {problem.where}: {problem.what}"))
+            click.echo(line(f"         {problem.mend}"))
         if not problems:
             click.echo(f"{root}: nothing wrong was found")
     ctx.exit(any(problem.damage for problem in problems))
@@ -702,7 +702,7 @@ def repair(root: str, run_ids: Sequence[str], apply: bool, as_json: bool) -> Non
         return
     for debris in found:
         size = "" if debris.size is None else f", {console.bytes_text(debris.size)}"
-        click.echo(f"{debris.path}: {debris.what}{size}")
+        click.echo(line(f"{debris.path}: {debris.what}{size}"))
     sizes = [debris.size for debris in found if debris.size is not None]
     total = f"{len(sizes)} file(s) or folder(s) of {console.bytes_text(sum(sizes))}"
     done = "removed" if apply else "would be removed; add --apply"

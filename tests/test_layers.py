@@ -18,7 +18,7 @@ LAYERS = {
     "pipeline": [
         "__init__ errors",
         "schema cadence seeds zarr3 console provenance",
-        "disk",
+        "disk guard",
         "store",
         "config verify",
         "repair",
@@ -51,7 +51,7 @@ SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of 
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "repair", "cli"}
+TORCH_FREE |= {"verify", "repair", "guard", "cli"}
 BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
 TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 

@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.tables import Table
-from pipeline.config.words import line
-from pipeline.errors import InputError, MissingError
+from pipeline.errors import InputError, MissingError, line
 
 
 def _npz(path: str) -> str:

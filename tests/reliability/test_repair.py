@@ -49,7 +49,7 @@ def committed(run):
     return {key: (run.path / key).read_bytes() for key in keys}
 
 
-@pytest.mark.parametrize("stores", [12, pytest.param(300, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize("stores", [12, pytest.param(100, marks=pytest.mark.reliability)])
 def test_every_committed_byte_survives_and_no_debris_does(stores, tmp_path_factory, capsys):
     removed = kept = 0
 
