@@ -254,7 +254,9 @@ def _known(path: Path) -> dict[str, str] | None:
     """Fingerprint of each run that the catalogue has; None if it has to be built anew."""
     try:
         with _open(path) as connection:
-            if connection.execute("select layout from meta").fetchall() == [(LAYOUT,)]:
+            # We make no views: one that a stranger made might read the user's files when the table is exported.
+            views = connection.execute("select view_name from duckdb_views() where not internal").fetchall()
+            if not views and connection.execute("select layout from meta").fetchall() == [(LAYOUT,)]:
                 return dict(connection.execute("select run_id, fingerprint from sync").fetchall())
     except duckdb.Error:
         pass
@@ -335,7 +337,7 @@ def _next(root: str | os.PathLike[str], folder: Path) -> Iterator[duckdb.DuckDBP
     try:
         if not fresh:
             shutil.copyfile(path, copy)
-        with duckdb.connect(copy) as connection:
+        with duckdb.connect(copy, config={"enable_external_access": False}) as connection:
             connection.begin()
             if fresh:
                 for name in TABLES:

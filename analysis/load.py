@@ -86,8 +86,9 @@ def open_runs(runs: Iterable[Run], group: str) -> xr.Dataset:
     _check_sizes(with_rows, group)
     points, with_rows = _grid(with_rows)
     lengths = [run.lengths[group] for run in with_rows]
+    steps = _read(with_rows, f"{group}/step")  # first, as it fails where the rows that a record claims have no files
     index = pd.MultiIndex.from_arrays(
-        [*(pd.Index(values).repeat(lengths) for values in points.values()), _read(with_rows, f"{group}/step")],
+        [*(pd.Index(values).repeat(lengths) for values in points.values()), steps],
         names=[*points, "step"],
     )
     variables = _variables(with_rows, group)

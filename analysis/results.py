@@ -12,6 +12,7 @@ none, and it costs one fsync where a folder of forty small files costs forty.
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,8 @@ from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from analysis.tables import LEADING
 from pipeline.disk import Directory
@@ -31,6 +34,8 @@ if TYPE_CHECKING:  # imported where something is computed: to see that nothing i
 
 FOLDER = "analysis"
 SUFFIX = ".zarr.zip"
+LAYOUT = 2  # of such a file; to be raised when one of before can no longer be read
+MOST_BYTES = 2**30  # of an array of a result
 
 
 @dataclass(frozen=True)
@@ -186,17 +191,39 @@ def read(path: Path) -> "xr.Dataset":
         DamagedStore: if its bytes are not those that were written.
     """
     import xarray as xr
-    from zarr.buffer.cpu import Buffer
     from zarr.storage import MemoryStore
 
-    data = Directory(path.parent).get(path.name)
+    directory = Directory(path.parents[2])
+    data = directory.get(path.relative_to(directory.path).as_posix())
     try:
-        with zipfile.ZipFile(BytesIO(data)) as archive:
-            entries: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+        entries = _unzipped(data)
+        ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
+    except (zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise DamagedStore(f"{path}: {error}; remove it, and `ntk-eos analyze` computes it again") from error
-    ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
     return ds[sorted(ds.data_vars)]  # they come in the order in which their metadata were read
+
+
+def _unzipped(data: bytes) -> "dict[str, Any]":
+    """The files of a zipped group that takes no more memory than it says: nothing in it is compressed.
+
+    Raises:
+        ValueError: for anything else, as a store from a stranger may have it.
+    """
+    from zarr.buffer.cpu import Buffer
+
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        if packed or sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ValueError("it would unpack to more than it is")
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for name, text in files.items():
+        document = json.loads(text) if name.endswith("zarr.json") else {}
+        if document.get("node_type") == "array":
+            size = math.prod(document["shape"]) * np.dtype(document["data_type"]).itemsize
+            codecs = [codec["name"] for codec in document["codecs"]]
+            if not 0 <= size <= MOST_BYTES or codecs != ["bytes"]:
+                raise ValueError(f"{name} has {size} bytes and the codecs {codecs}")
+    return {name: Buffer.from_bytes(content) for name, content in files.items()}
 
 
 def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> None:
@@ -208,12 +235,10 @@ def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> 
     with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
         computed = dask.compute(*lazy)
     for (name, run), parts in zip(batch, computed, strict=True):
-        path = _path(root, name, run)
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
         ds = reduce(lambda one, other: one.combine_first(other), parts)
-        directory = Directory(path.parent)
-        directory.make()
-        directory.put(path.name, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+        key = _path(root, name, run).relative_to(root).as_posix()
+        Directory(root).put(key, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
 
 
 def _zipped(ds: "xr.Dataset") -> bytes:
@@ -222,7 +247,8 @@ def _zipped(ds: "xr.Dataset") -> bytes:
 
     # Not into a ZipStore: xarray writes the group's metadata twice, and a zip file would keep both.
     entries: dict[str, Any] = {}
-    ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3)
+    plain = {name: {"compressors": None} for name in ds.variables}
+    ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3, encoding=plain)
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for key in sorted(entries):
@@ -261,6 +287,7 @@ def _modified(path: Path) -> int:
 def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
     """Where the result of a run as it stands now is kept."""
     inputs = {
+        "layout": LAYOUT,
         "head": run.head,
         "diverged": run.attrs["status"] == "diverged",
         "version": MEASURES[measure].version,

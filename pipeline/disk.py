@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from pipeline.errors import InputError, MissingError, RunLocked
+from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
 
 TEMPORARY = ".tmp-"
 
 
 def refuse_link(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for a symbolic link: inside a store it may lead out of it, to be read or written there."""
+    """Raise DamagedStore for a symbolic link: inside a store it may lead out of it, to be read or written there."""
     if os.path.islink(path):
-        raise InputError(f"{path} is a symbolic link, which may lead out of the store: put what it points to there")
+        raise DamagedStore(f"{path} is a symbolic link, which may lead out of the store: put what it points to there")
 
 
 class Lease:

@@ -138,7 +138,7 @@ def heartbeat(path: Path) -> Document:
     """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
     try:
         beat = json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
-    except (MissingError, InputError, ValueError, RecursionError):
+    except (NtkEosError, ValueError, RecursionError):
         return {}
     return {name: value for name, value in beat.items() if _is_said(name, value)} if isinstance(beat, dict) else {}
 

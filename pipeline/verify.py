@@ -89,7 +89,10 @@ def verify_root(
         except NtkEosError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue
-        problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
+        try:
+            problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
+        except NtkEosError as error:
+            problems.append(Problem(run.run_id, str(error), _mend(path)))
     return problems
 
 
