@@ -26,7 +26,7 @@ from analysis import results, tables
 from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory
-from pipeline.errors import InputError, MissingError, RunLocked
+from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
 from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, run_paths, runs_directory
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
@@ -298,7 +298,13 @@ def _update(root: str | os.PathLike[str], folder: Path) -> None:
         run = read_run(run_path(root, run_id))
         if run.run_id != run_id:
             raise InputError(f"{run.path} holds the run {run.run_id}: give its folder that name again")
-        for name, frame in _rows(run, derived.get(run_id, {})).items():
+        try:
+            rows = _rows(run, derived.get(run_id, {}))
+        except DamagedStore as error:
+            # Without a row in `sync`, so that it is tried again until somebody has mended it.
+            log.warning("%s is left out of the catalogue: %s", run_id, error)
+            continue
+        for name, frame in rows.items():
             if len(frame):
                 frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}

@@ -12,10 +12,11 @@ none, and it costs one fsync where a folder of forty small files costs forty.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
@@ -34,6 +35,9 @@ if TYPE_CHECKING:  # imported where something is computed: to see that nothing i
 
 FOLDER = "analysis"
 SUFFIX = ".zarr.zip"
+
+log = logging.getLogger(__name__)
+
 LAYOUT = 2  # of such a file; to be raised when one of before can no longer be read
 MOST_BYTES = 2**30  # of an array of a result
 
@@ -117,12 +121,14 @@ def analyze(
         progress: told the share done and what comes next.
 
     Returns:
-        Per run and measure: `run`, `measure`, and `state`, computed or fresh.
+        Per run and measure: `run`, `measure`, and `state`: computed, fresh, or damaged. The last has no result, since
+        bytes of the run are not what was committed; the log names the file, and `open_sweep(skip_damaged=True)` has
+        the other rows.
 
     Raises:
         MissingError: if the root does not exist.
         InputError: if it is not a store, cannot be written, or a measure is not known.
-        DamagedStore: naming the file, if a run's bytes are not what was committed.
+        DamagedStore: naming the file, if the record of a run is not what was committed.
     """
     names = list(MEASURES if measures is None else measures)
     for name in names:
@@ -132,18 +138,18 @@ def analyze(
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
     stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
     size = 2 * (os.cpu_count() or 1)
+    damaged = set()
     for start in range(0, len(stale), size):
         name, run = stale[start]
         progress(start / len(stale), f"{name} of {run.run_id}")
-        _compute(root, stale[start : start + size])
+        damaged |= _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
     for path in before:
         if path not in current:
             path.unlink(missing_ok=True)
-    computed = {(name, run.run_id) for name, run in stale}
+    states = {(name, run.run_id): "computed" for name, run in stale} | dict.fromkeys(damaged, "damaged")
     return [
-        {"run": run.run_id, "measure": name, "state": "computed" if (name, run.run_id) in computed else "fresh"}
-        for name, run in wanted
+        {"run": run.run_id, "measure": name, "state": states.get((name, run.run_id), "fresh")} for name, run in wanted
     ]
 
 
@@ -164,8 +170,8 @@ def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Datas
     if not _has_input(measure, run):
         groups = " or ".join(MEASURES[measure].groups)
         raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
-    if not _path(root, measure, run).exists():
-        _compute(root, [(measure, run)])
+    if not _path(root, measure, run).exists() and _compute(root, [(measure, run)]):
+        raise DamagedStore(f"{run.run_id} is damaged: `ntk-eos verify {root} {run.run_id} --deep` says where")
     return read(_path(root, measure, run))
 
 
@@ -226,19 +232,31 @@ def _unzipped(data: bytes) -> "dict[str, Any]":
     return {name: Buffer.from_bytes(content) for name, content in files.items()}
 
 
-def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> None:
-    """Compute results together, so that their tasks share the cores, and write each."""
+def _compute(root: str | os.PathLike[str], batch: Sequence[tuple[str, Run]]) -> set[tuple[str, str]]:
+    """Compute results together, so that their tasks share the cores, and write each.
+
+    Returns:
+        Measure and name of the runs that are damaged; they are told in the log and keep none of the others back.
+    """
     import dask
     from threadpoolctl import threadpool_limits
 
-    lazy = [MEASURES[name].compute(run) for name, run in batch]
-    with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
-        computed = dask.compute(*lazy)
+    try:
+        lazy = [MEASURES[name].compute(run) for name, run in batch]
+        with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
+            computed = dask.compute(*lazy)
+    except DamagedStore as error:
+        if len(batch) > 1:
+            return set().union(*(_compute(root, [one]) for one in batch))
+        ((name, run),) = batch
+        log.warning("no %s of %s: %s", name, run.run_id, error)
+        return {(name, run.run_id)}
     for (name, run), parts in zip(batch, computed, strict=True):
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
         ds = reduce(lambda one, other: one.combine_first(other), parts)
         key = _path(root, name, run).relative_to(root).as_posix()
         Directory(root).put(key, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+    return set()
 
 
 def _zipped(ds: "xr.Dataset") -> bytes:

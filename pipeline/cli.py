@@ -423,9 +423,15 @@ def _status_row(path: Path) -> dict[str, Any]:
 @root_argument
 @json_option
 @quiet_option
-def analyze(root: str, as_json: bool, quiet: bool) -> None:
-    """Compute what is derived from the runs and is not up to date, and sync the catalogue."""
-    console.show(_analyze(root, quiet), as_json=as_json, empty=f"{root} has no rows to analyse")
+@click.pass_context
+def analyze(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
+    """Compute what is derived from the runs and is not up to date, and sync the catalogue.
+
+    A run of which bytes are damaged is named and keeps nothing else back; the exit code is 1 then.
+    """
+    summary = _analyze(root, quiet)
+    console.show(summary, as_json=as_json, empty=f"{root} has no rows to analyse")
+    ctx.exit(any(row["state"] == "damaged" for row in summary))
 
 
 def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
