@@ -26,8 +26,8 @@ from analysis import results, tables
 from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory
-from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, runs_directory
+from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
+from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, run_paths, runs_directory
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
     import pandas as pd
@@ -254,7 +254,9 @@ def _known(path: Path) -> dict[str, str] | None:
     """Fingerprint of each run that the catalogue has; None if it has to be built anew."""
     try:
         with _open(path) as connection:
-            if connection.execute("select layout from meta").fetchall() == [(LAYOUT,)]:
+            # We make no views: one that a stranger made might read the user's files when the table is exported.
+            views = connection.execute("select view_name from duckdb_views() where not internal").fetchall()
+            if not views and connection.execute("select layout from meta").fetchall() == [(LAYOUT,)]:
                 return dict(connection.execute("select run_id, fingerprint from sync").fetchall())
     except duckdb.Error:
         pass
@@ -263,9 +265,8 @@ def _known(path: Path) -> dict[str, str] | None:
 
 def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dict[str, str]:
     """What the rows of each run depend on. The record of a finished run is not parsed if its bytes did not change."""
-    folders = [folder for folder in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if folder.is_dir()]
     derived = results.files(root)
-    ids = {folder.name.removesuffix(SUFFIX): folder for folder in folders}
+    ids = {folder.name.removesuffix(SUFFIX): folder for folder in run_paths(root)}
     return {run_id: _fingerprint(ids[run_id], derived.get(run_id, {}), known.get(run_id, "")) for run_id in sorted(ids)}
 
 
@@ -297,7 +298,13 @@ def _update(root: str | os.PathLike[str], folder: Path) -> None:
         run = read_run(run_path(root, run_id))
         if run.run_id != run_id:
             raise InputError(f"{run.path} holds the run {run.run_id}: give its folder that name again")
-        for name, frame in _rows(run, derived.get(run_id, {})).items():
+        try:
+            rows = _rows(run, derived.get(run_id, {}))
+        except DamagedStore as error:
+            # Without a row in `sync`, so that it is tried again until somebody has mended it.
+            log.warning("%s is left out of the catalogue: %s", run_id, error)
+            continue
+        for name, frame in rows.items():
             if len(frame):
                 frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
@@ -336,7 +343,7 @@ def _next(root: str | os.PathLike[str], folder: Path) -> Iterator[duckdb.DuckDBP
     try:
         if not fresh:
             shutil.copyfile(path, copy)
-        with duckdb.connect(copy) as connection:
+        with duckdb.connect(copy, config={"enable_external_access": False}) as connection:
             connection.begin()
             if fresh:
                 for name in TABLES:

@@ -7,10 +7,12 @@ Chunks are read by `Run.read` instead of zarr-python: it opens a sweep five time
 the file whose bytes are damaged, and refuses a missing chunk where zarr would silently give NaN.
 """
 
+import copy
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.array as da
@@ -22,8 +24,10 @@ from numpy.typing import NDArray
 
 from analysis.tables import at, run_axes, run_sizes, select
 from pipeline import schema
-from pipeline.errors import InputError, MissingError
+from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import Run, list_runs, read_run
+
+log = logging.getLogger(__name__)
 
 # One task reads several rows: enough that a graph stays small, little enough that a few blocks fit in memory.
 BLOCK_BYTES = 16 * 2**20
@@ -55,7 +59,9 @@ def open_run(path: str | os.PathLike[str], group: str = "snapshots") -> xr.Datas
     return open_runs([read_run(path)], group)
 
 
-def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: str | None = None) -> xr.Dataset:
+def open_sweep(
+    root: str | os.PathLike[str], group: str = "snapshots", where: str | None = None, *, skip_damaged: bool = False
+) -> xr.Dataset:
     """The runs of a store as one lazy dataset.
 
     Args:
@@ -63,6 +69,8 @@ def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: st
         group: snapshots, spectra, scalars, train or hessian.
         where: SQL condition on the columns of the catalogue's table `runs`, such as "learning_rate > 0.1 and status =
             'complete'"; all runs by default.
+        skip_damaged: leave out the rows whose values on disk are not what was committed, and name them in the log;
+            by default reading one is an error. Takes a look at all values.
 
     Returns:
         Rows along `snapshot`, a MultiIndex of the grid's axes and `step`; the variables of the group and
@@ -74,21 +82,25 @@ def open_sweep(root: str | os.PathLike[str], group: str = "snapshots", where: st
         MissingError: if no run is left, or none has a committed row in `group`.
         InputError: for an unknown group, a condition that DuckDB refuses, or runs that differ in n, m, c or k.
     """
-    return open_runs(list_runs(root) if where is None else select(list_runs(root), where), group)
+    runs = list_runs(root) if where is None else select(list_runs(root), where)
+    return open_runs(runs, group, skip_damaged=skip_damaged)
 
 
-def open_runs(runs: Iterable[Run], group: str) -> xr.Dataset:
+def open_runs(runs: Iterable[Run], group: str, *, skip_damaged: bool = False) -> xr.Dataset:
     """As `open_sweep`, of runs whose records were read before: rows committed later are not seen."""
     if group not in schema.GROUPS:
         raise InputError(f"group = {group!r}: must be one of {', '.join(sorted(schema.GROUPS))}")
     with_rows = [run for run in runs if run.lengths.get(group)]
+    if skip_damaged:
+        with_rows = [run for run in (_without_damage(run, group) for run in with_rows) if run.lengths[group]]
     if not with_rows:
         raise MissingError(f"no run has a committed row in the group {group!r}; `ntk-eos status ROOT` lists the runs")
     _check_sizes(with_rows, group)
     points, with_rows = _grid(with_rows)
     lengths = [run.lengths[group] for run in with_rows]
+    steps = _read(with_rows, f"{group}/step")  # first, as it fails where the rows that a record claims have no files
     index = pd.MultiIndex.from_arrays(
-        [*(pd.Index(values).repeat(lengths) for values in points.values()), _read(with_rows, f"{group}/step")],
+        [*(pd.Index(values).repeat(lengths) for values in points.values()), steps],
         names=[*points, "step"],
     )
     variables = _variables(with_rows, group)
@@ -104,6 +116,41 @@ def open_runs(runs: Iterable[Run], group: str) -> xr.Dataset:
     for name in ("learning_rate", "seed", "step"):
         ds[name].attrs |= _described(schema.ROW[name])
     return ds.set_coords(["run", "status", *({"loss"} - schema.GROUPS[group].keys())])
+
+
+@dataclass(frozen=True)
+class _WholeRows(Run):
+    """A run as if these rows were all that one of its groups had."""
+
+    source: Run
+    group: str
+    rows: tuple[int, ...]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        if not name.startswith(f"{self.group}/"):
+            return self.source.read(name, start, stop)
+        parts = [self.source.read(name, row, row + 1) for row in self.rows[start:stop]]
+        return np.concatenate(parts) if parts else self.source.read(name, 0, 0)
+
+
+def _without_damage(run: Run, group: str) -> Run:
+    """The run without the rows of a group of which a value cannot be read; these are named in the log."""
+    whole = []
+    for row in range(run.lengths[group]):
+        try:
+            for name in run.arrays(group):
+                run.read(f"{group}/{name}", row, row + 1)
+            whole.append(row)
+        except DamagedStore as error:
+            log.warning("%s: row %d of %s is left out: %s", run.run_id, row, group, error)
+    if len(whole) == run.lengths[group]:
+        return run
+    document = copy.deepcopy(run.document)
+    document["attributes"]["lengths"][group] = len(whole)
+    seen = _WholeRows(run.path, document, run, group, tuple(whole))
+    for node in seen.arrays(group).values():
+        node["shape"][0] = len(whole)
+    return seen
 
 
 def _grid(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], list[Run]]:
@@ -156,12 +203,13 @@ def _stored(run: Run, name: str, rows: int) -> da.Array:
     """An array of a run in blocks of `rows` rows."""
     node = run.node(name)
     # The whole record need not travel to a Dask worker with every array.
-    slim = Run(run.path, {"consolidated_metadata": {"metadata": {name: node}}})
+    slim = replace(run, document={"consolidated_metadata": {"metadata": {name: node}}})
     array = _Stored(slim, name, tuple(node["shape"]), np.dtype(node["data_type"]))
+    token = tokenize(str(run.path), run.head, rows, run.rows if isinstance(run, _WholeRows) else None)
     return da.from_array(
         array,
         chunks=(rows, *array.shape[1:]),
-        name=f"{name}-{tokenize(str(run.path), run.head, rows)}",
+        name=f"{name}-{token}",
         meta=np.empty((0,) * array.ndim, array.dtype),
     )
 

@@ -12,14 +12,18 @@ none, and it costs one fsync where a folder of forty small files costs forty.
 
 import hashlib
 import json
+import logging
+import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from analysis import evolution
 from analysis.tables import LEADING, at
@@ -33,6 +37,11 @@ if TYPE_CHECKING:  # imported where something is computed: to see that nothing i
 
 FOLDER = "analysis"
 SUFFIX = ".zarr.zip"
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 2  # of such a file; to be raised when one of before can no longer be read
+MOST_BYTES = 2**30  # of an array of a result
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,14 @@ def analyze(
         progress: told the share done and what comes next.
 
     Returns:
-        Per run and measure: `run`, `measure`, and `state`, computed or fresh.
+        Per run and measure: `run`, `measure`, and `state`: computed, fresh, or damaged. The last has no result, since
+        bytes of the run are not what was committed; the log names the file, and `open_sweep(skip_damaged=True)` has
+        the other rows.
 
     Raises:
         MissingError: if the root does not exist.
         InputError: if it is not a store, cannot be written, or a measure is not known.
-        DamagedStore: naming the file, if a run's bytes are not what was committed.
+        DamagedStore: naming the file, if the record of a run is not what was committed.
     """
     names = list(MEASURES if measures is None else measures)
     for name in names:
@@ -154,18 +165,18 @@ def analyze(
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
     stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
     size = 2 * (os.cpu_count() or 1)
+    damaged = set()
     for start in range(0, len(stale), size):
         name, run = stale[start]
         progress(start / len(stale), f"{name} of {run.run_id}")
-        _compute(root, stale[start : start + size])
+        damaged |= _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
     for path in before:
         if path not in current:
             path.unlink(missing_ok=True)
-    computed = {(name, run.run_id) for name, run in stale}
+    states = {(name, run.run_id): "computed" for name, run in stale} | dict.fromkeys(damaged, "damaged")
     return [
-        {"run": run.run_id, "measure": name, "state": "computed" if (name, run.run_id) in computed else "fresh"}
-        for name, run in wanted
+        {"run": run.run_id, "measure": name, "state": states.get((name, run.run_id), "fresh")} for name, run in wanted
     ]
 
 
@@ -186,8 +197,8 @@ def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Datas
     if not _has_input(measure, run):
         groups = " or ".join(MEASURES[measure].groups)
         raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
-    if not _path(root, measure, run).exists():
-        _compute(root, [(measure, run)])
+    if not _path(root, measure, run).exists() and _compute(root, [(measure, run)]):
+        raise DamagedStore(f"{run.run_id} is damaged: `ntk-eos verify {root} {run.run_id} --deep` says where")
     return read(_path(root, measure, run))
 
 
@@ -213,34 +224,66 @@ def read(path: Path) -> "xr.Dataset":
         DamagedStore: if its bytes are not those that were written.
     """
     import xarray as xr
-    from zarr.buffer.cpu import Buffer
     from zarr.storage import MemoryStore
 
-    data = Directory(path.parent).get(path.name)
+    directory = Directory(path.parents[2])
+    data = directory.get(path.relative_to(directory.path).as_posix())
     try:
-        with zipfile.ZipFile(BytesIO(data)) as archive:
-            entries: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+        entries = _unzipped(data)
+        ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
+    except (zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise DamagedStore(f"{path}: {error}; remove it, and `ntk-eos analyze` computes it again") from error
-    ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
     return ds[sorted(ds.data_vars)]  # they come in the order in which their metadata were read
 
 
-def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> None:
-    """Compute results together, so that their tasks share the cores, and write each."""
+def _unzipped(data: bytes) -> "dict[str, Any]":
+    """The files of a zipped group that takes no more memory than it says: nothing in it is compressed.
+
+    Raises:
+        ValueError: for anything else, as a store from a stranger may have it.
+    """
+    from zarr.buffer.cpu import Buffer
+
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        if packed or sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ValueError("it would unpack to more than it is")
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for name, text in files.items():
+        document = json.loads(text) if name.endswith("zarr.json") else {}
+        if document.get("node_type") == "array":
+            size = math.prod(document["shape"]) * np.dtype(document["data_type"]).itemsize
+            codecs = [codec["name"] for codec in document["codecs"]]
+            if not 0 <= size <= MOST_BYTES or codecs != ["bytes"]:
+                raise ValueError(f"{name} has {size} bytes and the codecs {codecs}")
+    return {name: Buffer.from_bytes(content) for name, content in files.items()}
+
+
+def _compute(root: str | os.PathLike[str], batch: Sequence[tuple[str, Run]]) -> set[tuple[str, str]]:
+    """Compute results together, so that their tasks share the cores, and write each.
+
+    Returns:
+        Measure and name of the runs that are damaged; they are told in the log and keep none of the others back.
+    """
     import dask
     from threadpoolctl import threadpool_limits
 
-    lazy = [MEASURES[name].compute(run) for name, run in batch]
-    with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
-        computed = dask.compute(*lazy)
+    try:
+        lazy = [MEASURES[name].compute(run) for name, run in batch]
+        with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
+            computed = dask.compute(*lazy)
+    except DamagedStore as error:
+        if len(batch) > 1:
+            return set().union(*(_compute(root, [one]) for one in batch))
+        ((name, run),) = batch
+        log.warning("no %s of %s: %s", name, run.run_id, error)
+        return {(name, run.run_id)}
     for (name, run), parts in zip(batch, computed, strict=True):
-        path = _path(root, name, run)
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
         ds = reduce(lambda one, other: one.combine_first(other), parts)
-        directory = Directory(path.parent)
-        directory.make()
-        directory.put(path.name, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+        key = _path(root, name, run).relative_to(root).as_posix()
+        Directory(root).put(key, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+    return set()
 
 
 def _zipped(ds: "xr.Dataset") -> bytes:
@@ -249,7 +292,8 @@ def _zipped(ds: "xr.Dataset") -> bytes:
 
     # Not into a ZipStore: xarray writes the group's metadata twice, and a zip file would keep both.
     entries: dict[str, Any] = {}
-    ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3)
+    plain = {name: {"compressors": None} for name in ds.variables}
+    ds.to_zarr(MemoryStore(entries), consolidated=False, zarr_format=3, encoding=plain)
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for key in sorted(entries):
@@ -289,6 +333,7 @@ def _modified(path: Path) -> int:
 def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
     """Where the result of a run as it stands now is kept."""
     inputs = {
+        "layout": LAYOUT,
         "head": run.head,
         "diverged": run.attrs["status"] == "diverged",
         "version": MEASURES[measure].version,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
-from pipeline.errors import NtkEosError
+from pipeline.errors import NtkEosError, line
 
 if TYPE_CHECKING:
     from analysis.judge import Judgement
@@ -558,12 +558,17 @@ def _status_row(path: Path) -> dict[str, Any]:
 @root_argument
 @json_option
 @quiet_option
-def analyze(root: str, as_json: bool, quiet: bool) -> None:
-    """Compute what is derived from the runs and is not up to date, and sync the catalogue."""
+@click.pass_context
+def analyze(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
+    """Compute what is derived from the runs and is not up to date, and sync the catalogue.
+
+    A run of which bytes are damaged is named and keeps nothing else back; the exit code is 1 then.
+    """
     from pipeline.store import stores_of
 
-    rows = [row for store in stores_of(root) for row in _analyze(str(store), quiet)]
-    console.show(rows, as_json=as_json, empty=f"{root} has no rows to analyse")
+    summary = [row for store in stores_of(root) for row in _analyze(str(store), quiet)]
+    console.show(summary, as_json=as_json, empty=f"{root} has no rows to analyse")
+    ctx.exit(any(row["state"] == "damaged" for row in summary))
 
 
 def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
@@ -824,11 +829,33 @@ def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as
         console.show([vars(problem) for problem in problems], as_json=True)
     else:
         for problem in problems:
-            click.echo(f"{'damaged' if problem.damage else 'note   '}  {problem.where}: {problem.what}")
-            click.echo(f"         {problem.mend}")
+            click.echo(line(f"{'damaged' if problem.damage else 'note   '}  {problem.where}: {problem.what}"))
+            click.echo(line(f"         {problem.mend}"))
         if not problems:
             click.echo(f"{root}: nothing wrong was found")
     ctx.exit(any(problem.damage for problem in problems))
+
+
+@main.command(epilog=example("ntk-eos repair digits", "ntk-eos repair digits --apply"))
+@root_argument
+@click.argument("run_ids", nargs=-1, shell_complete=_complete_run)
+@click.option("--apply", is_flag=True, help="Remove it; without this nothing is changed.")
+@json_option
+def repair(root: str, run_ids: Sequence[str], apply: bool, as_json: bool) -> None:
+    """Show what killed writers left in a store, or remove it. Nothing that was committed is ever touched."""
+    from pipeline.repair import repair_root
+
+    found = repair_root(root, run_ids, apply=apply)
+    if as_json:
+        console.show([{**vars(debris), "path": str(debris.path)} for debris in found], as_json=True)
+        return
+    for debris in found:
+        size = "" if debris.size is None else f", {console.bytes_text(debris.size)}"
+        click.echo(line(f"{debris.path}: {debris.what}{size}"))
+    sizes = [debris.size for debris in found if debris.size is not None]
+    total = f"{len(sizes)} file(s) or folder(s) of {console.bytes_text(sum(sizes))}"
+    done = "removed" if apply else "would be removed; add --apply"
+    click.echo(f"{root}: {f'{total} {done}' if sizes else 'nothing to remove'}", err=True)
 
 
 @main.command(

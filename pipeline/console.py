@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import click
 
+from pipeline.errors import line
+
 PLAIN_SECONDS = 10.0
 COLOURS = {
     "passed": "green", "complete": "green", "failed": "red", "underpowered": "yellow", "diverged": "yellow",
@@ -60,7 +62,7 @@ def show(
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else line(str(value))
 
 
 def _plain(value: Any) -> Any:

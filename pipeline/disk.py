@@ -9,15 +9,22 @@ before it writes the one file that publishes the rest.
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from pipeline.errors import InputError, MissingError, RunLocked
+from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
 
 TEMPORARY = ".tmp-"
+
+
+def refuse_link(path: str | os.PathLike[str]) -> None:
+    """Raise DamagedStore for a symbolic link: inside a store it may lead out of it, to be read or written there."""
+    if os.path.islink(path):
+        raise DamagedStore(f"{path} is a symbolic link, which may lead out of the store: put what it points to there")
 
 
 class Lease:
@@ -55,7 +62,11 @@ class Directory:
         parts = key.split("/")
         if not key or any(part in ("", ".", "..") or "\0" in part for part in parts):
             raise InputError(f"key {key!r}: must be a relative path without '..'")
-        return self.path.joinpath(*parts)
+        path = str(self.path)
+        for part in parts:
+            path = os.path.join(path, part)
+            refuse_link(path)
+        return Path(path)
 
     def make(self) -> None:
         """Create the folder and its parents; a folder that is there already is fine.
@@ -117,6 +128,9 @@ class Directory:
         """
         file = self._file(key)
         try:
+            # A pipe or a device would make us wait, or read, for ever.
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise InputError(f"{file} is not a file")
             if limit is not None and file.stat().st_size > limit:
                 raise InputError(f"{file} has {file.stat().st_size} bytes, more than the {limit} allowed here")
             return file.read_bytes()

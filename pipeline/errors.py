@@ -11,10 +11,18 @@ A message says what was wrong, the value got, what is allowed and how to mend it
 """
 
 
+def line(message: str) -> str:
+    """One printable line, whatever it quotes: no text of a stranger's can move the cursor or add a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
+
+
 class NtkEosError(Exception):
     """Base of all errors that the command prints as one line instead of a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return line(super().__str__())
 
 
 class InputError(NtkEosError):

@@ -29,13 +29,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline import schema, zarr3
 from pipeline.cadence import Cadence, row_capacity
-from pipeline.errors import InputError
+from pipeline.errors import DamagedStore, InputError
 from pipeline.losses import Loss
 from pipeline.measure import KernelChoice, Measure, named, trained_names
 from pipeline.provenance import environment_changes, provenance
@@ -412,13 +413,17 @@ class Recorder:
         data = writer.checkpoint()
         if data is None:
             return
-        tensors = load_tensors(data)
-        metadata = _metadata(data)
-        self.model.load_state_dict(_below("model.", tensors))
+        try:
+            tensors = load_tensors(data)
+            metadata = _metadata(data)
+            self.model.load_state_dict(_below("model.", tensors))
+            self._checkpoint.step = int(metadata["step"])
+            self._checkpoint.lowest_loss = float.fromhex(metadata["lowest_loss"])
+        except (SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # Its digest is right: it was committed like this, by another program or for another model.
+            raise DamagedStore(f"the checkpoint of {self.run_id} does not continue this model: {error}") from error
         self.restored_state = _below("state.", tensors)
         self._measure.restore(_below("measure.", tensors))
-        self._checkpoint.step = int(metadata["step"])
-        self._checkpoint.lowest_loss = float.fromhex(metadata["lowest_loss"])
         if self.finished:
             return
         writer.note(**self._attrs)  # a title or a goal may have changed since

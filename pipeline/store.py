@@ -13,6 +13,7 @@ Two runs recorded the same numbers if and only if their heads are equal.
 
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -28,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
-from pipeline.disk import Directory, Lease
+from pipeline.disk import Directory, Lease, refuse_link
 from pipeline.errors import DamagedStore, InputError, MissingError, NtkEosError
+from pipeline.guard import check_record, check_run_id, is_number
 from pipeline.schema import Variable
 from pipeline.zarr3 import Document
 
@@ -38,9 +40,11 @@ SUFFIX = ".zarr"
 NEW = ".new-"
 RECORD = "zarr.json"
 LEASE = "LEASE"
+CREATING = ".lock"
 HEARTBEAT = "run.json"
 FINAL = ("complete", "diverged")
 RECORD_LIMIT = 64 * 2**20
+UNCHECKED_BYTES = 256 * 2**20
 
 Row = Mapping[str, Any]
 
@@ -88,6 +92,7 @@ def runs_directory(root: str | os.PathLike[str]) -> Directory:
             names = ", ".join(part.name for part in parts)
             raise InputError(f"{root} holds a store for each part of a study ({names}): give one, as in {parts[0]}")
         raise InputError(f"{root} is not a store: it has no folder {RUNS!r}; give the folder that `run --out` wrote")
+    refuse_link(Path(root, RUNS))
     return Directory(Path(root, RUNS))
 
 
@@ -139,13 +144,28 @@ def run_path(root: str | os.PathLike[str], run_id: str) -> Path:
     return Path(root, RUNS, run_id + SUFFIX)
 
 
+# What a heartbeat may say; an entry of another type is as good as none.
+SAID = {
+    "run": str, "status": str, "head": str, "host": str, "error": str, "last_step": int, "steps": int, "commits": int,
+    "pid": int,
+    "time": float, "elapsed": float, "loss": float,
+}  # fmt: skip
+
+
 def heartbeat(path: Path) -> Document:
     """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
     try:
         beat = json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
-    except (MissingError, InputError, ValueError, RecursionError):
+    except (NtkEosError, ValueError, RecursionError):
         return {}
-    return beat if isinstance(beat, dict) else {}
+    return {name: value for name, value in beat.items() if _is_said(name, value)} if isinstance(beat, dict) else {}
+
+
+def _is_said(name: str, value: Any) -> bool:
+    kind = SAID.get(name)
+    if kind is float:
+        return is_number(value)
+    return kind is not None and type(value) is kind and (kind is str or is_number(value))
 
 
 @dataclass(frozen=True)
@@ -218,6 +238,7 @@ class Run:
         shape = list(node["shape"])
         chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
         stop = shape[0] if stop is None else min(stop, shape[0])
+        self._check_backed(name, start, stop)
         out = np.empty((max(stop - start, 0), *shape[1:]), dtype=node["data_type"])
         first_chunk = start // chunks[0]
         for offset, *others in zarr3.grid((max(stop - first_chunk * chunks[0], 0), *shape[1:]), chunks):
@@ -225,7 +246,8 @@ class Run:
             low, high = index[0] * chunks[0], min((index[0] + 1) * chunks[0], shape[0])
             key = f"{name}/{zarr3.chunk_key(index)}"
             try:
-                chunk = zarr3.decode(Directory(self.path).get(key), out.dtype, chunks)
+                data = Directory(self.path).get(key, limit=math.prod(chunks) * out.itemsize + zarr3.OVERHEAD)
+                chunk = zarr3.decode(data, out.dtype, chunks)
             except DamagedStore as error:
                 raise DamagedStore(f"{self.path / key}: {error}") from error
             except (MissingError, InputError) as error:
@@ -237,6 +259,21 @@ class Run:
             inner = tuple(slice(0, s.stop - s.start) for s in rest)
             out[(slice(first - start, last - start), *rest)] = chunk[(slice(first - low, last - low), *inner)]
         return out
+
+    def _check_backed(self, name: str, start: int, stop: int) -> None:
+        """Refuse to make room for rows that the files of an array cannot hold."""
+        node = self.node(name)
+        shape, chunks = node["shape"], node["chunk_grid"]["configuration"]["chunk_shape"]
+        wanted = max(stop - start, 0) * math.prod(shape[1:]) * np.dtype(node["data_type"]).itemsize
+        if wanted <= UNCHECKED_BYTES:
+            return
+        files = (
+            Directory(self.path).size(f"{name}/{zarr3.chunk_key((start // chunks[0] + offset, *others))}")
+            for offset, *others in zarr3.grid((stop - start // chunks[0] * chunks[0], *shape[1:]), tuple(chunks))
+        )
+        held = zarr3.MOST_EXPANSION * sum(size or 0 for size in files)
+        if wanted > held:
+            raise DamagedStore(f"{self.path / name}: its files can hold {held} bytes, not the {wanted} of these rows")
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -261,16 +298,24 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise DamagedStore(f"{folder / RECORD} is not the record of a run: {error!r}") from error
     if version != schema.FORMAT_VERSION:
         raise InputError(
-            f"{folder} has format version {version}; this ntk-eos reads {schema.FORMAT_VERSION}: install a newer one"
+            f"{folder} has format version {str(version)[:20]}; this ntk-eos reads {schema.FORMAT_VERSION}: install a "
+            "newer one"
         )
     if digest != stated:
         raise DamagedStore(f"{folder / RECORD} is not what was committed: its own digest does not match")
+    try:
+        check_record(document)
+    except NtkEosError as error:
+        raise type(error)(f"{folder / RECORD}: {error}") from error
     return Run(folder, document)
 
 
 def run_paths(root: str | os.PathLike[str]) -> list[Path]:
     """Where the runs of a root lie, by name; their records are not read."""
-    return sorted(path for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if path.is_dir())
+    paths = sorted(path for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if path.is_dir())
+    for path in paths:
+        refuse_link(path)
+    return paths
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[Run]:
@@ -409,15 +454,17 @@ class Writer:
             attributes: further attributes of single arrays, by `group/name`.
 
         Raises:
-            InputError: if the root cannot be written, or the run holds other data or variables under this name.
+            InputError: if the root cannot be written, the name cannot be a run's, an attribute is of another type than
+                the format has it, or the run holds other data or variables under this name.
             RunLocked: if another process writes this run.
         """
+        check_run_id(run_id)
         runs = open_root(root)
         identity, attrs = zarr3.as_stored(identity), zarr3.as_stored(attrs)
         seed = chain_seed(identity, probe)
         planned = _planned(groups, dims, dtype, zarr3.as_stored(dict(attributes or {})))
         name = run_id + SUFFIX
-        with runs.lease(".lock", _holder(), wait=True):
+        with runs.lease(CREATING, holder(), wait=True):
             # Nobody else creates now, so half-made folders are a killed writer's.
             for hidden in runs.path.glob(f"{NEW}*"):
                 runs.delete(hidden.name)
@@ -444,7 +491,7 @@ class Writer:
                     lease.release()
                     raise
         directory = Directory(runs.path / name)
-        lease = directory.lease(LEASE, _holder())
+        lease = directory.lease(LEASE, holder())
         try:
             directory.sweep()
             run = read_run(directory.path)
@@ -655,7 +702,7 @@ def relabel(run: Run, attrs: Document) -> None:
     if attrs == {name: run.attrs.get(name) for name in attrs}:
         return
     directory = Directory(run.path)
-    with directory.lease(LEASE, _holder()) as lease:
+    with directory.lease(LEASE, holder()) as lease:
         run = read_run(run.path)
         elapsed = run.heartbeat.get("elapsed")
         writer = Writer(directory, lease, run)
@@ -725,7 +772,7 @@ def _create(
     """
     hidden = Directory(runs.path / f"{NEW}{uuid.uuid4().hex}-{name}")
     hidden.make()
-    lease = hidden.lease(LEASE, _holder())
+    lease = hidden.lease(LEASE, holder())
     try:
         for array in (array for members in arrays.values() for array in members):
             hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
@@ -736,6 +783,10 @@ def _create(
         hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
         static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
         root, records = _documents(attrs, arrays, dict.fromkeys(arrays, 0), static)
+        try:
+            check_record(root)
+        except DamagedStore as error:
+            raise InputError(f"run {attrs['run']} cannot be recorded: {error}") from error
         for group, document in records.items():
             hidden.put(f"{group}/{RECORD}", zarr3.to_json(document))
         hidden.put(RECORD, zarr3.to_json(root))
@@ -768,6 +819,7 @@ def _attributes(variable: Variable, group: str) -> Document:
     return attributes
 
 
-def _holder() -> bytes:
+def holder() -> bytes:
+    """What a lease says of the process that holds it."""
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()

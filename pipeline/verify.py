@@ -89,7 +89,10 @@ def verify_root(
         except NtkEosError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue
-        problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
+        try:
+            problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
+        except NtkEosError as error:
+            problems.append(Problem(run.run_id, str(error), _mend(path)))
     return problems
 
 
@@ -319,6 +322,7 @@ def _debris(run: Run) -> Iterator[Problem]:
         yield Problem(
             run.run_id,
             f"{len(extra)} files that no commit names: {shown}",
-            "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left",
+            "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left; "
+            f"`ntk-eos repair {run.path.parents[1]}` shows which of them can be removed",
             damage=False,
         )

@@ -23,6 +23,10 @@ from pipeline.errors import DamagedStore
 
 Document = dict[str, Any]
 
+# A byte of LZ4 stands for at most 255 bytes: what claims more is made to fill somebody's memory.
+MOST_EXPANSION = 255
+OVERHEAD = 20  # bytes by which a chunk that does not compress grows: Blosc's header, and the checksum
+
 # Blosc's own threads pack the blocks of a chunk in the order in which they finish: the same numbers would then give
 # another file each time. They gain nothing here.
 blosc.use_threads = False
@@ -111,7 +115,7 @@ def decode(data: bytes, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any
     # A Blosc header states the unpacked size in bytes 4 to 8 and the packed one in bytes 12 to 16; believing them
     # before looking would let a forged file make us allocate gigabytes or read past its end.
     sizes = int.from_bytes(packed[4:8], "little"), int.from_bytes(packed[12:16], "little")
-    if sizes != (expected, len(packed)):
+    if sizes != (expected, len(packed)) or expected > MOST_EXPANSION * len(packed):
         raise DamagedStore(f"chunk unpacks to another size than the {expected} bytes of its shape")
     try:
         unpacked = _blosc(np.dtype(dtype).itemsize).decode(packed)

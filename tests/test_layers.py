@@ -18,9 +18,10 @@ LAYERS = {
     "pipeline": [
         "__init__ errors",
         "schema cadence seeds zarr3 console provenance images",
-        "disk",
+        "disk guard",
         "store",
         "config verify",
+        "repair",
         "data models losses",
         "kernels operators spectra optim gradient",
         "flows",
@@ -53,7 +54,7 @@ PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", 
 PURE |= {"flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "cli", "images"}
+TORCH_FREE |= {"verify", "repair", "guard", "cli", "images"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`

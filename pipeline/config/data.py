@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.tables import Positive, Table
-from pipeline.config.words import line
-from pipeline.errors import InputError, MissingError
+from pipeline.errors import InputError, MissingError, line
 
 # Scikit-learn's examples of each digit; known here, so that a study is checked without loading them.
 DIGIT_COUNTS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)

@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 from pipeline.config.record import CadenceTable
 from pipeline.config.run import KINDS, TABLES, Heading, RunConfig, kind_of
 from pipeline.config.tables import Table, at, keys_of, replaced
-from pipeline.config.words import RULES, line, nearest, show
-from pipeline.errors import StudyError
+from pipeline.config.words import RULES, nearest, show
+from pipeline.errors import StudyError, line
 
 MAX_RUNS = 100_000
 

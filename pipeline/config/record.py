@@ -17,8 +17,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.cadence import Cadence
 from pipeline.config.tables import Count, Positive, Table, keys_of, listed
-from pipeline.config.words import RULES, line, nearest, show
-from pipeline.errors import InputError
+from pipeline.config.words import RULES, nearest, show
+from pipeline.errors import InputError, line
 
 
 def _descending(levels: tuple[float, ...]) -> tuple[float, ...]:

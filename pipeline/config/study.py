@@ -14,8 +14,8 @@ from pipeline.config.models import Imported
 from pipeline.config.reader import Reader
 from pipeline.config.run import KINDS, Heading, RunConfig, kind_of
 from pipeline.config.tables import at, replaced
-from pipeline.config.words import line, nearest, show
-from pipeline.errors import MissingError, StudyError
+from pipeline.config.words import nearest, show
+from pipeline.errors import MissingError, StudyError, line
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16

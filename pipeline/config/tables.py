@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config.words import line, show
-from pipeline.errors import StudyError
+from pipeline.config.words import show
+from pipeline.errors import StudyError, line
 
 
 class Table(BaseModel):

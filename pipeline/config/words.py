@@ -36,8 +36,3 @@ def show(value: Any) -> str:
     """A value as TOML would spell it, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def line(message: str) -> str:
-    """One printable line, whatever keys and values it quotes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)

@@ -213,7 +213,7 @@ def test_two_at_once_keep_each_others_results(root, monkeypatch):
         mock_run(root, 0.3, 0, steps=4, n=4, k=2, end=None)
         analyze(root)
         newer.extend(results._path(root, name, read_run(run_path(root, "lr-0.3_seed-0"))) for name in MEASURES)
-        compute(*args)
+        return compute(*args)
 
     monkeypatch.setattr(results, "_compute", overtaken)
     analyze(root)
@@ -299,13 +299,16 @@ def test_a_run_that_is_not_known(root):
         result(root, "phases", "lr-9")
 
 
-def test_damage_is_named(root):
+def test_damage_is_named_and_keeps_nothing_else_back(root, caplog):
     chunk = run_path(root, "lr-0.2_seed-0") / "snapshots" / "ntk" / "c.1.0.0"
     data = chunk.read_bytes()[:-1] + b"?"
     chunk.unlink()
     chunk.write_bytes(data)
-    with pytest.raises(DamagedStore, match=str(chunk)):
-        analyze(root)
+    found = states(analyze(root))
+    assert {key for key, state in found.items() if state == "damaged"} == {("lr-0.2_seed-0", "alignment")}
+    assert str(chunk) in caplog.text
+    with pytest.raises(DamagedStore, match=r"lr-0\.2_seed-0 is damaged"):
+        result(root, "alignment", "lr-0.2_seed-0")
 
 
 def test_a_damaged_result_is_named(root):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
@@ -484,28 +484,49 @@ def a_study_or_one_line(call):
             assert RunConfig.model_validate(run.model_dump(by_alias=True)) == run
 
 
-@fuzz
-@given(st.dictionaries(keys, values, max_size=5), st.booleans())
-def test_any_table_is_a_study_or_one_line(study, changes, merge):
+def table_of_study(study, case):
+    changes, merge = case
     raw = tomllib.loads(MINIMAL)
     for key, value in changes.items():
         table = raw.get(key)
         raw[key] = table | value if merge and isinstance(table, dict) and isinstance(value, dict) else value
     # json escapes DEL and surrogate pairs otherwise than TOML wants them: such a file may be invalid, never a traceback
-    a_study_or_one_line(lambda: study("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in raw.items())))
+    return study("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in raw.items()))
 
 
-@fuzz
-@given(st.lists(st.tuples(st.lists(keys, min_size=1, max_size=3).map(".".join), values.map(toml) | text), max_size=3))
-def test_any_override_is_a_study_or_one_line(study, pairs):
-    a_study_or_one_line(lambda: study(MINIMAL, *[f"{key}={value}" for key, value in pairs]))
+def overrides_of_study(study, pairs):
+    return study(MINIMAL, *[f"{key}={value}" for key, value in pairs])
 
 
-@fuzz
-@given(st.binary(max_size=40) | text.map(str.encode), st.integers(0, len(MINIMAL)))
-def test_any_bytes_are_a_study_or_one_line(study, junk, at):
+def bytes_in_study(study, case):
+    junk, at = case
     content = MINIMAL.encode()
-    a_study_or_one_line(lambda: study(content[:at] + junk + content[at:]))
+    return study(content[:at] + junk + content[at:])
+
+
+dotted = st.lists(keys, min_size=1, max_size=3).map(".".join)
+HOSTILE = {
+    "tables": (table_of_study, st.tuples(st.dictionaries(keys, values, max_size=5), st.booleans())),
+    "overrides": (overrides_of_study, st.lists(st.tuples(dotted, values.map(toml) | text), max_size=3)),
+    "bytes": (bytes_in_study, st.tuples(st.binary(max_size=40) | text.map(str.encode), st.integers(0, len(MINIMAL)))),
+}
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_whatever_a_study_file_holds_it_is_a_study_or_one_line(study, what, cases, tmp_path, capsys):
+    load, strategy = HOSTILE[what]
+
+    @settings(fuzz, max_examples=cases)
+    @given(strategy)
+    def check(case):
+        a_study_or_one_line(lambda: load(study, case))
+
+    check()
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+    with capsys.disabled():
+        promise = f"hostile {what} of a study: a study or one line"
+        print(json.dumps({"promise": promise, "cases": cases, "tracebacks": 0}))
 
 
 # --- what is recorded on request -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.disk import TEMPORARY, Directory
-from pipeline.errors import InputError, MissingError, RunLocked
+from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
 
 
 @pytest.fixture
@@ -67,8 +67,24 @@ def test_get_says_what_it_cannot_read(directory):
     assert directory.get("a", limit=5) == b"12345"
     directory.make()
     (directory.path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder cannot be read: Is a directory"):
-        directory.get("folder")
+    os.mkfifo(directory.path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(InputError, match=f"{name} is not a file"):
+            directory.get(name)
+
+
+def test_no_key_leads_through_a_symbolic_link(directory, tmp_path):
+    directory.make()
+    (tmp_path / "secret").write_bytes(b"secret")
+    for name, target in {"link": "secret", "folder": ".", "dangling": "nothing"}.items():
+        (directory.path / name).symlink_to(tmp_path / target)
+    for key in ("link", "folder/secret", "dangling"):
+        for call in (directory.get, directory.size, lambda key: directory.put(key, b""), directory.leased,
+                     lambda key: directory.lease(key, b"note"), directory.delete):  # fmt: skip
+            with pytest.raises(DamagedStore, match="is a symbolic link, which may lead out of the store"):
+                call(key)
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_make_says_what_the_file_system_said(directory):

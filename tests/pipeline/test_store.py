@@ -493,7 +493,7 @@ def test_a_creation_that_was_cut_off_is_cleared_away_by_the_next(tmp_path):
 
 
 def test_a_run_cannot_be_named_out_of_its_root(tmp_path):
-    with pytest.raises(InputError, match="must be a relative path"):
+    with pytest.raises(InputError, match="printable ASCII characters without slashes"):
         open_writer(tmp_path / "root", run_id="../../escaped")
     assert list(tmp_path.glob("*.zarr")) == []
 
