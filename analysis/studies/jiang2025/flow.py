@@ -143,11 +143,11 @@ def several_critical(frame: pd.DataFrame) -> Verdict:
 
 
 UNIQUE = ("learning_rate", "seed", "process", "step")
-SINCE = "over all steps since the central flow was first held at 2/η, at every learning rate and seed whose midpoints met it"
+SINCE = "over all steps since the central flow was first held at 2/η, at every learning rate and seed that met it"
 CHANGED = (
-    "2026-11-26: the mean is over all steps since the flow was held; it had been over the later half of the steps since "
-    "the midpoints met 2/η, in which the oscillation has died out and both means are those of next to nothing. On the "
-    "first run of the size quick this had failed for the fully connected network."
+    "2026-11-26: the mean is over all steps since the flow was held; it had been over the later half of the steps "
+    "since the midpoints met 2/η, in which the oscillation has died out and both means are those of next to nothing. "
+    "On the first run of the size quick this had failed for the fully connected network."
 )
 WINDOW = "over the later half of the steps after the midpoints first met 2/η, at every learning rate and seed that did"
 
