@@ -45,7 +45,7 @@ with smooth as (
   from smooth where phase in ('eos_rising', 'eos_falling') and sharpness_change is not null and kta_change is not null
   group by run_id
 )
-select learning_rate, seed, crossed, correlation, steps
+select learning_rate, seed, crossed, correlation, correlations.steps
 from phase_changes join runs using (run_id) left join correlations using (run_id)
 where status = 'complete' and study = {study}
 order by learning_rate, seed
