@@ -73,5 +73,5 @@ FIGURES = {
             "C(5), K summed over outputs": ("c5",),
             "Hessian sharpness": ("sharpness", "line"),
         },
-    )
+    ),
 }
