@@ -271,8 +271,8 @@ CLAIMS = {
                 "rate.",
                 trend_rule(name, "all learning rates"), PAPER, MATCHED, trends(column, name, everywhere=True),
                 changes=(
-                    "2026-11-26: a claim of its own; on the first run of the size quick the study had named the one from "
-                    "the edge on, which was underpowered, as no run with mini-batches crosses 2/η.",
+                    "2026-11-26: a claim of its own; on the first run of the size quick the study had named the one "
+                    "from the edge on, which was underpowered, as no run with mini-batches crosses 2/η.",
                 ),
             )
             for column, name in (("kta", "KTA"), ("c5", "C(5)"))
