@@ -40,7 +40,8 @@ MOST_LINES = 12  # more can neither be told apart nor named beside the axes
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), "-.")
 NAMES = {
-    "kta": "training", "kta_closed_form": "closed form at the measured s", "squared_length": "measured", "kta_measured": "measured",
+    "kta": "training", "kta_closed_form": "closed form at the measured s", "squared_length": "measured",
+    "kta_measured": "measured",
     "squared_length_predicted": "root of S(s) = 2/η", "kta_test": "held out", "c5": "training", "c5_test": "held out",
     "test_error_rate": "network", "regression_error_rate": "regression with the kernel", "sharpness": "measured",
     "line": "2/η",

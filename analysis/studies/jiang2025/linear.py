@@ -40,7 +40,8 @@ with wide as (
 ), last as (
   select run_id, max(step) as step from wide group by run_id
 )
-select learning_rate, seed, process, kta, kta as kta_measured, kta_closed_form, squared_length, squared_length_predicted, c3, c5
+select learning_rate, seed, process, kta, kta as kta_measured, kta_closed_form, squared_length,
+       squared_length_predicted, c3, c5
 from last join wide using (run_id, step) join alignment using (run_id, step) join runs using (run_id)
 where status = 'complete' and study = {study}
 order by learning_rate, seed, process
