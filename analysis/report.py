@@ -96,7 +96,7 @@ def _page(sections: Sequence[dict[str, Any]]) -> str:
     environment.filters |= {"cell": _cell, "python": repr, "shell": shlex.quote}
     papers = {paper["source"]: paper for section in sections for paper in section["papers"]}
     return environment.get_template("report.html.j2").render(
-        title=sections[0]["title"],
+        title=sections[0]["whole" if len(sections) > 1 else "title"],
         sizes=dict.fromkeys(section["size"] for section in sections if section["size"]),
         summary=[(what, sum((section[what] for section in sections), Counter())) for what in ("verdicts", "statuses")],
         sources=dict.fromkeys(source for section in sections for source in section["sources"]),
@@ -119,6 +119,9 @@ def _section(root: Root, progress: Callable[[float, str], None]) -> dict[str, An
     progress(0.9, "page")
     return {
         "title": either(str(run.attrs.get("title", run.run_id)) for run in runs) or "An empty store",
+        "whole": next(
+            (str(run.attrs["study_title"]) for run in runs if run.attrs.get("study_title")), "Several stores"
+        ),
         "part": next((str(run.attrs["part"]) for run in runs if run.attrs.get("part")), None),
         "size": next((str(run.attrs["size"]) for run in runs if run.attrs.get("size")), None),
         "verdicts": Counter(claim["verdict"] for claim in claims),

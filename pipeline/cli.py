@@ -388,6 +388,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     check_root(root)
     attrs = {
         "title": study.title,
+        "study_title": study.whole,
         "study": study.name,
         "part": study.part,
         "size": study.size,

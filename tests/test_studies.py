@@ -17,7 +17,7 @@ STUDIES = sorted(set(shipped()) - {"paper_cifar"})
 def trained(study, root):
     """The runs of a study or a part of it, one after the other in this process, with the attributes of `run`."""
     attrs = {
-        "title": study.title, "study": study.name, "part": study.part, "size": study.size, "paper": study.paper,
+        "title": study.title, "study_title": study.whole, "study": study.name, "part": study.part, "size": study.size, "paper": study.paper,
         "claims": list(study.claims), "figures": study.figures, "study_source": study.source,
     }  # fmt: skip
     for run in study.runs():
@@ -54,6 +54,7 @@ def test_a_report_and_a_page_of_verdicts_are_of_all_parts(tmp_path, monkeypatch)
         assert part.title in report
         assert all(run.run_id in report for run in list_runs(root / part.part))
     assert "size smoke" in report
+    assert f"<h1>{parts[0].whole}</h1>" in report
     assert report.count("Whose choices these are") == 1
     verdicts = page([root])
     assert "## phases, size smoke" in verdicts

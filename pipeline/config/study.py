@@ -32,6 +32,7 @@ class Study:
     Attributes:
         name: stem of its file.
         title: one line for people.
+        whole: the title of the study that this is a part of, or its own.
         paper: its module in `analysis.studies`, or None.
         claims: what it must reproduce.
         figures: what its report shows; None for what every store has.
@@ -43,6 +44,7 @@ class Study:
 
     name: str
     title: str
+    whole: str
     paper: str | None
     claims: tuple[str, ...]
     figures: tuple[str, ...] | None
@@ -152,8 +154,8 @@ def load_parts(name_or_path: str | Path, overrides: Sequence[str] = (), size: st
         heading = reader.heading(point)
         runs = tuple(reader.runs({key: value for key, value in point.items() if key not in Heading.model_fields}))
         found.append(
-            Study(path.stem, heading.title, heading.paper, heading.claims, heading.figures, source, tuple(overrides),
-                  size, part, runs)
+            Study(path.stem, heading.title, common.get("title", heading.title), heading.paper, heading.claims,
+                  heading.figures, source, tuple(overrides), size, part, runs)
         )  # fmt: skip
     return found
 

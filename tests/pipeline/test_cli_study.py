@@ -59,6 +59,7 @@ def test_one_command_trains_judges_and_reports_all_parts(done):
     assert 'id="narrow"' in report
     assert 'id="wide-claims"' in report
     assert "Claims of all parts" in report
+    assert "<h1>Two widths</h1>" in report
 
 
 def test_the_same_again_trains_nothing_and_one_part_leaves_the_others(done, study):
