@@ -17,7 +17,8 @@ STUDIES = sorted(set(shipped()) - {"paper_cifar"})
 def trained(study, root):
     """The runs of a study or a part of it, one after the other in this process, with the attributes of `run`."""
     attrs = {
-        "title": study.title, "study_title": study.whole, "study": study.name, "part": study.part, "size": study.size, "paper": study.paper,
+        "title": study.title, "study_title": study.whole, "study": study.name, "part": study.part, "size": study.size,
+        "paper": study.paper,
         "claims": list(study.claims), "figures": study.figures, "study_source": study.source,
     }  # fmt: skip
     for run in study.runs():
