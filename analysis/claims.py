@@ -97,7 +97,7 @@ def trend(frame: pd.DataFrame, column: str) -> tuple[float, float]:
     """Kendall's τ of a column with the learning rate, meaned over seeds, and how often chance gives as much.
 
     The p value is the share of ways to deal the values of each seed out to its learning rates whose mean τ is at
-    least the measured one: all of them if there are at most `DRAWS`, else so many at random.
+    least the measured one: all of them if there are at most `DRAWS`, else so many at random and the measured one.
 
     Args:
         frame: learning_rate, seed and the column; one row for each pair.
@@ -115,10 +115,9 @@ def trend(frame: pd.DataFrame, column: str) -> tuple[float, float]:
     measured = float(np.mean([tau(signs, np.arange(len(signs))) for signs in pairs]))
     if math.prod(math.factorial(len(signs)) for signs in pairs) <= DRAWS:
         dealt = [[tau(signs, np.array(order)) for order in permutations(range(len(signs)))] for signs in pairs]
-        by_chance = np.array([np.mean(one) for one in product(*dealt)])
+        by_chance = [float(np.mean(one)) for one in product(*dealt)]
     else:
         rng = np.random.default_rng(0)
-        by_chance = np.array(
-            [np.mean([tau(signs, rng.permutation(len(signs))) for signs in pairs]) for _ in range(DRAWS)]
-        )
-    return measured, float(np.mean(by_chance >= measured - 1e-12))
+        drawn = ([tau(signs, rng.permutation(len(signs))) for signs in pairs] for _ in range(DRAWS))
+        by_chance = [measured, *(float(np.mean(one)) for one in drawn)]
+    return measured, float(np.mean(np.array(by_chance) >= measured - 1e-12))

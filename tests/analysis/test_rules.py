@@ -57,6 +57,8 @@ def test_of_many_learning_rates_the_ways_are_drawn():
     pairs = [np.sign((b + 2 * s) % 5 - (a + 2 * s) % 5) for s in range(3) for a in rates for b in rates if a < b]
     assert tau == pytest.approx(np.mean(pairs))
     assert 0.05 < chance < 0.95
+    _, least = trend(grid(lambda rate, seed: rate, rates), "value")
+    assert least == pytest.approx(1 / 10_001), "what was measured is one of the ways, so p is never 0"
 
 
 def test_a_seed_that_lacks_an_end_has_no_gain():
