@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.tables import LEADING
-from pipeline.disk import Directory
+from pipeline.disk import Location, door, location
 from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import Run, find_run, list_runs
 
@@ -122,19 +121,19 @@ def analyze(
     names = list(MEASURES if measures is None else measures)
     for name in names:
         _known(name)
-    before = [path for name in names for path in _files(root, name)]  # listed first: none is of rows newer than `runs`
+    # Listed first: none is of rows newer than `runs`.
+    before = {path for name in names for path in _files(root, name)}
     runs = list_runs(root)
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
-    stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
+    stale = [(name, run) for name, run in wanted if _path(root, name, run) not in before]
     size = 2 * (os.cpu_count() or 1)
     for start in range(0, len(stale), size):
         name, run = stale[start]
         progress(start / len(stale), f"{name} of {run.run_id}")
         _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
-    for path in before:
-        if path not in current:
-            path.unlink(missing_ok=True)
+    for path in before - current:
+        door(path.parent).delete(path.name)
     computed = {(name, run.run_id) for name, run in stale}
     return [
         {"run": run.run_id, "measure": name, "state": "computed" if (name, run.run_id) in computed else "fresh"}
@@ -159,26 +158,27 @@ def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Datas
     if not _has_input(measure, run):
         groups = " or ".join(MEASURES[measure].groups)
         raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
-    if not _path(root, measure, run).exists():
+    if not _is_there(_path(root, measure, run)):
         _compute(root, [(measure, run)])
     return read(_path(root, measure, run))
 
 
-def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
+def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Location]]:
     """The newest result of each measure, by run and measure; it may be older than the run's last commit."""
-    newest: dict[str, dict[str, Path]] = {}
+    newest: dict[str, dict[str, Location]] = {}
     for name in MEASURES:
-        for path in sorted(_files(root, name), key=_modified):
+        modified = _files(root, name)
+        for path in sorted(modified, key=modified.__getitem__):
             newest.setdefault(path.name.removesuffix(SUFFIX).rpartition(".")[0], {})[name] = path
     return newest
 
 
 def is_fresh(root: str | os.PathLike[str], run: Run) -> bool:
     """Whether every measure of a run was computed from its rows as they are now."""
-    return all(_path(root, name, run).exists() for name in MEASURES if _has_input(name, run))
+    return all(_is_there(_path(root, name, run)) for name in MEASURES if _has_input(name, run))
 
 
-def read(path: Path) -> "xr.Dataset":
+def read(path: Location) -> "xr.Dataset":
     """A result, in memory.
 
     Raises:
@@ -189,7 +189,7 @@ def read(path: Path) -> "xr.Dataset":
     from zarr.buffer.cpu import Buffer
     from zarr.storage import MemoryStore
 
-    data = Directory(path.parent).get(path.name)
+    data = door(path.parent).get(path.name)
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             entries: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
@@ -211,7 +211,7 @@ def _compute(root: str | os.PathLike[str], batch: Iterable[tuple[str, Run]]) -> 
         path = _path(root, name, run)
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
         ds = reduce(lambda one, other: one.combine_first(other), parts)
-        directory = Directory(path.parent)
+        directory = door(path.parent)
         directory.make()
         directory.put(path.name, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
 
@@ -247,18 +247,17 @@ def _has_input(measure: str, run: Run) -> bool:
     return any(run.lengths.get(group) for group in MEASURES[measure].groups)
 
 
-def _files(root: str | os.PathLike[str], measure: str) -> list[Path]:
-    return list(Path(root, FOLDER, measure).glob(f"[!.]*{SUFFIX}"))
+def _files(root: str | os.PathLike[str], measure: str) -> dict[Location, float]:
+    """The results of a measure, and when each was written."""
+    folder = door(location(root) / FOLDER / measure)
+    return {folder.path / one.key: one.modified for one in folder.entries() if one.key.endswith(SUFFIX)}
 
 
-def _modified(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:  # replaced since it was listed
-        return 0
+def _is_there(path: Location) -> bool:
+    return door(path.parent).size(path.name) is not None
 
 
-def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
+def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Location:
     """Where the result of a run as it stands now is kept."""
     inputs = {
         "head": run.head,
@@ -267,4 +266,4 @@ def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
         "parameters": MEASURES[measure].parameters,
     }
     key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return Path(root, FOLDER, measure, f"{run.run_id}.{key}{SUFFIX}")
+    return location(root) / FOLDER / measure / f"{run.run_id}.{key}{SUFFIX}"

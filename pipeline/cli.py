@@ -26,6 +26,7 @@ from pipeline.errors import NtkEosError
 if TYPE_CHECKING:
     from analysis.judge import Judgement
     from pipeline.config import RunConfig, Study
+    from pipeline.disk import Location
     from pipeline.sweep import Outcome
 
 STORES = Path("data/stores")
@@ -76,8 +77,13 @@ def _complete_run(ctx: click.Context, _param: click.Parameter, incomplete: str) 
     root = ctx.params.get("root")
     if root is None:
         return []
-    runs = Path(_existing_root(root), "runs").glob(f"{incomplete}*.zarr")
-    return sorted(path.name.removesuffix(".zarr") for path in runs)
+    from pipeline.store import run_paths
+
+    try:
+        names = [path.stem for path in run_paths(_existing_root(root))]
+    except NtkEosError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def _complete_figure(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
@@ -112,7 +118,7 @@ def _complete_probe(_ctx: click.Context, _param: click.Parameter, incomplete: st
 
 
 def _existing_root(root: str) -> str:
-    """ROOT is a folder, or the name of a study whose store lies where `run` puts it by default."""
+    """ROOT is a folder, a URL, or the name of a study whose store lies where `run` puts it by default."""
     named = STORES / root
     return str(named) if not Path(root).exists() and named.is_dir() else root
 
@@ -170,6 +176,8 @@ def _load(study: str, overrides: Sequence[str], root: str | None) -> tuple["Stud
 @click.pass_context
 def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     """Train the digits study, judge its claims and write its report."""
+    from pipeline.store import run_path
+
     study, root = _load("digits", (), root)
     code = _train(study, root, None, quiet)
     if code:
@@ -177,7 +185,7 @@ def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     judgements = _judge(root, quiet)
     _show_claims(judgements, as_json=False)
     path = _write_report(root, None, quiet)
-    run = Path(root, "runs", f"{study.runs()[-1].run_id}.zarr")
+    run = run_path(root, study.runs()[-1].run_id)
     activate = Path(sys.prefix, "bin", "activate")
     first = f"  source {shlex.quote(str(activate))}\n" if not shutil.which("ntk-eos") and activate.exists() else ""
     click.echo(f"""
@@ -252,7 +260,7 @@ def run(
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
     from pipeline.plan import check_start, plan_runs
-    from pipeline.store import FINAL, check_root, read_run, relabel, run_path
+    from pipeline.store import FINAL, check_root, is_run, read_run, relabel, run_path
     from pipeline.sweep import sweep
 
     _check_training()
@@ -294,7 +302,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
         progress.end(_endings(outcomes, root))
     if signals.caught is not None:
         saved = f"what was measured is saved in {root}, the same command goes on from there"
-        measured = any(run_path(root, run.run_id).exists() for run in runs)
+        measured = any(is_run(run_path(root, run.run_id)) for run in runs)
         click.echo(f"interrupted; {saved if measured else 'nothing was measured yet'}", err=True)
         return 128 + signals.caught
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
@@ -345,7 +353,7 @@ class _Watch:
 
     def __init__(self, runs: Sequence["RunConfig"], root: str, progress: console.Progress) -> None:
         self._runs = {run.run_id: run for run in runs}
-        self._root, self._progress = Path(root), progress
+        self._root, self._progress = root, progress
         self._done: set[str] = set()
 
     def ended(self, run_id: str) -> None:
@@ -397,7 +405,7 @@ def status(root: str, watch: bool, as_json: bool) -> None:
         click.echo()
 
 
-def _status_row(path: Path) -> dict[str, Any]:
+def _status_row(path: "Location") -> dict[str, Any]:
     from pipeline.schema import GROUPS
     from pipeline.store import read_run
 
@@ -479,10 +487,11 @@ def plot(
 ) -> None:
     """Draw the figures of a study (all of them by default) and print their paths."""
     from analysis import plots, studies
+    from pipeline.disk import location
 
     _analyze(root, quiet)
     known = studies.figures(root)
-    folder = out or str(Path(root, "figures"))
+    folder = out or location(root) / "figures"
     paths = plots.draw_figures(root, figures, x=x, folder=folder, formats=formats, figures=known)
     _show_paths(paths, as_json)
 
@@ -497,7 +506,7 @@ def report(root: str, out: str | None, quiet: bool) -> None:
     click.echo(_write_report(root, out, quiet))
 
 
-def _write_report(root: str, out: str | None, quiet: bool) -> Path:
+def _write_report(root: str, out: str | None, quiet: bool) -> "Location":
     from analysis.report import write_report
 
     with console.Progress("writing the report", quiet) as progress:
@@ -618,12 +627,13 @@ def kernel(
         ctx.exit(3 if rows else failed[0].exit_code)
 
 
-def _paths_of_runs(root: str, run_ids: Sequence[str]) -> list[Path]:
+def _paths_of_runs(root: str, run_ids: Sequence[str]) -> "list[Location]":
+    from pipeline.disk import location
     from pipeline.errors import MissingError
-    from pipeline.store import RECORD, find_path, run_paths
+    from pipeline.store import find_path, is_run, run_paths
 
-    if Path(root, RECORD).is_file():
-        return [Path(root)]
+    if is_run(root):
+        return [location(root)]
     paths = [find_path(root, run_id) for run_id in run_ids] or run_paths(root)
     if not paths:
         raise MissingError(f"{root} has no runs")
@@ -641,7 +651,7 @@ def _steps(at: str) -> str | list[int]:
         raise InputError(f"--at {at}: must be final, all or steps, such as 0,100") from None
 
 
-def _replayed(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _replayed(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
     """Compute a kernel of one run; where it lies, and the alignment of its last row."""
     from analysis import alignment, open_run
     from pipeline.replay import replay
@@ -705,7 +715,7 @@ def export(root: str, kind: str, out: str, as_json: bool, quiet: bool) -> None:
         _show_paths(list(export_store(root, kind, out, progress=progress.update)), as_json)
 
 
-def _show_paths(paths: Sequence[Path], as_json: bool) -> None:
+def _show_paths(paths: "Sequence[Location]", as_json: bool) -> None:
     if as_json:
         console.show([{"path": str(path)} for path in paths], as_json=True)
     else:

@@ -1,5 +1,7 @@
 """The one door to the disk: every file of a store is written, listed, locked and deleted here.
 
+`door(path)` is a `Directory`, or for the URL of an object store `pipeline.objects.Objects`, with the same operations.
+
 A file is complete or absent. `put` writes a hidden temporary file, fsyncs it and only then renames it over the
 old one: a rename before the fsync can leave a committed name pointing at bytes that a power cut took. `sync`
 fsyncs the directories touched since the last call, which makes the renames themselves durable; a commit calls it
@@ -11,17 +13,43 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from pipeline.errors import InputError, MissingError, RunLocked
+from pipeline.objects import Entry, ObjectLease, Objects, Url, parse_url
 
 TEMPORARY = ".tmp-"
+NEW = ".new-"
+
+Location = Path | Url
+
+
+def location(path: str | os.PathLike[str]) -> Location:
+    """A path, or a URL if it looks like one.
+
+    Raises:
+        InputError: for the URL of something else than an object store.
+    """
+    text = os.fspath(path)
+    return parse_url(text) if "://" in text else Path(text)
+
+
+def door(path: str | os.PathLike[str]) -> "Door":
+    """What reads and writes below a folder or a URL; nothing is created or asked for."""
+    place = location(path)
+    return Objects(place) if isinstance(place, Url) else Directory(place)
 
 
 class Lease:
-    """The right to write one run, held until `release` or the end of the process, however it ends."""
+    """The right to write one run, held until `release` or the end of the process, however it ends.
+
+    Attributes:
+        token: as in `pipeline.objects.ObjectLease`; None, for the kernel gives the lock to one process only.
+    """
+
+    token = None
 
     def __init__(self, handle: int) -> None:
         self._handle: int | None = handle
@@ -31,6 +59,10 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def still_held(self) -> bool:
+        """Whether it was not given back; nobody can take it."""
+        return self._handle is not None
 
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
@@ -129,12 +161,37 @@ class Directory:
         """Whether a file or folder of that key is there."""
         return self._file(key).exists()
 
+    def is_there(self) -> bool:
+        """Whether the folder itself is there."""
+        return self.path.is_dir()
+
+    def check_writable(self) -> None:
+        """Refuse a folder that could not be created or written; nothing is created.
+
+        Raises:
+            InputError: saying which of its parents is in the way.
+        """
+        there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise InputError(f"cannot create {self.path}: {there} is a file; choose a folder you may write")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"cannot create {self.path}: {there} cannot be written; choose a folder you may write")
+
     def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none."""
         try:
             return self._file(key).stat().st_size
         except OSError:
             return None
+
+    def entries(self, prefix: str = "", *, hidden: bool = False) -> Iterator[Entry]:
+        """All files below `prefix`, sorted; hidden names (temporary files) only if asked for."""
+        for key in self.list(prefix, hidden=hidden):
+            try:
+                facts = (self.path / key).stat()
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+            yield Entry(key, facts.st_size, facts.st_mtime)
 
     def list(self, prefix: str = "", *, hidden: bool = False) -> Iterator[str]:
         """Keys of all files below `prefix`, sorted; hidden names (temporary files) only if asked for."""
@@ -144,6 +201,10 @@ class Directory:
             for name in sorted(files):
                 if hidden or not name.startswith("."):
                     yield Path(folder, name).relative_to(self.path).as_posix()
+
+    def folders(self, marks: tuple[str, ...]) -> Sequence[str]:
+        """Names of the visible folders directly below; each came with its mark, by one rename."""
+        return sorted(path.name for path in self.path.glob("[!.]*") if path.is_dir())
 
     def delete(self, key: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""
@@ -167,6 +228,45 @@ class Directory:
         os.rename(built.path, self._file(name))
         self._touched.add(self.path)
         self.sync()
+
+    def claim(
+        self, name: str, build: "Callable[[Directory], None]", *, marks: tuple[str, ...], lease: str, note: bytes
+    ) -> tuple["Directory", Lease, bool]:
+        """Become the single writer of the folder `name`, which is built first if it is not there.
+
+        It is built under a hidden name and renamed in. The lease is taken in the hidden folder and travels with it, so
+        the folder is never visible without a writer.
+
+        Args:
+            name: which folder.
+            build: writes all files of a new folder.
+            marks: what a folder that is there has one of; here the rename says so.
+            lease: file of the lease in the folder.
+            note: who asks.
+
+        Returns:
+            The folder, the lease, and whether it is new.
+
+        Raises:
+            RunLocked: if another process holds the lease.
+        """
+        folder = Directory(self.path / name)
+        with self.lease(".lock", note, wait=True):
+            # Nobody else creates now, so half-made folders are a killed writer's.
+            for left in self.path.glob(f"{NEW}*"):
+                self.delete(left.name)
+            if not self.exists(name):
+                hidden = Directory(self.path / f"{NEW}{uuid.uuid4().hex}-{name}")
+                hidden.make()
+                held = hidden.lease(lease, note)
+                try:
+                    build(hidden)
+                    self.publish(hidden, name)
+                except BaseException:
+                    held.release()
+                    raise
+                return folder, held, True
+        return folder, folder.lease(lease, note), False
 
     def lease(self, key: str, note: bytes, *, wait: bool = False) -> Lease:
         """Become the single writer: lock the file `key` and leave `note` in it for whoever is refused.
@@ -207,6 +307,10 @@ class Directory:
         finally:
             os.close(handle)
         return False
+
+
+Door = Directory | Objects
+AnyLease = Lease | ObjectLease
 
 
 def _lock_now(handle: int, name: str) -> None:

@@ -13,13 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
-from pipeline.disk import Directory
+from pipeline.disk import Location, door
 from pipeline.errors import DamagedStore, InputError, NtkEosError
 from pipeline.store import (
     FINAL,
@@ -112,7 +111,7 @@ def verify(run: Run, deep: bool = False, *, progress: Callable[[float], None] = 
     return list({problem.where: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def _mend(path: Path) -> str:
+def _mend(path: Location) -> str:
     return (
         f"restore it from a copy of the store, or delete {path} and run its study again: it is recorded with the same "
         "numbers"
@@ -155,7 +154,7 @@ def _checkpoint(run: Run, deep: bool) -> Iterator[Problem]:
     entry = run.attrs["checkpoint"]
     if entry is None:
         return
-    directory, where = Directory(run.path), f"{run.run_id}/{entry['name']}"
+    directory, where = door(run.path), f"{run.run_id}/{entry['name']}"
     if directory.size(entry["name"]) is None:
         yield Problem(where, "the checkpoint of the last commit does not exist", _mend(run.path))
     elif deep:
@@ -182,7 +181,7 @@ def _copies(run: Run) -> Iterator[Problem]:
         documents = {f"{group}/{name}": node for name, node in nodes.items()}
         for key, expected in {**documents, group: zarr3.group_document(attrs, nodes)}.items():
             try:
-                found = json.loads(Directory(run.path).get(f"{key}/{RECORD}"))
+                found = json.loads(door(run.path).get(f"{key}/{RECORD}"))
             except (NtkEosError, ValueError, RecursionError) as error:
                 yield Problem(f"{run.run_id}/{key}/{RECORD}", str(error), _mend(run.path))
                 continue
@@ -223,12 +222,12 @@ def _chunks(node: Document) -> tuple[int, ...]:
 
 def _missing(run: Run) -> Iterator[Problem]:
     """Every chunk that the committed lengths need is there and has bytes."""
-    directory = Directory(run.path)
+    sizes = {entry.key: entry.size for entry in door(run.path).entries()}
     for name, node in _arrays(run):
         chunks = _chunks(node)
         for index in zarr3.grid(tuple(node["shape"]), chunks):
             key = f"{name}/{zarr3.chunk_key(index)}"
-            size = directory.size(key)
+            size = sizes.get(key)
             if not size:
                 stop = min((index[0] + 1) * chunks[0], node["shape"][0])
                 what = f"{run.path / key} {'does not exist' if size is None else 'is empty'}"
@@ -306,7 +305,7 @@ def _column(run: Run, name: str) -> Iterator[NDArray[Any] | Problem]:
 
 def _debris(run: Run) -> Iterator[Problem]:
     """Files that no commit names, in a run that nobody writes: what a killed writer left, or somebody else put."""
-    directory = Directory(run.path)
+    directory = door(run.path)
     if directory.leased(LEASE):
         return
     known = {RECORD, LEASE, HEARTBEAT, *CHECKPOINTS, *(f"{group}/{RECORD}" for group in ("probe", *run.lengths))}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance",
+        "schema cadence seeds zarr3 console provenance objects",
         "disk",
         "store",
         "config verify",
@@ -49,8 +49,8 @@ SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of 
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds"} | PURE
-TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "cli"}
+TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "objects", "disk", "store"}
+TORCH_FREE |= {"config", "verify", "cli"}
 BY_NAME = {"pipeline.models", "analysis.__init__", "analysis.studies.__init__"}  # may import what a string names
 TRAINING_ONLY = {"torch", "safetensors", "sklearn", "scipy"}  # the extra `train`
 

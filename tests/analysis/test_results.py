@@ -14,6 +14,7 @@ from mock_store import mock_run, mock_store
 from analysis import results
 from analysis.results import MEASURES, analyze, result
 from pipeline.cadence import Cadence
+from pipeline.disk import Directory
 from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import list_runs, read_run, run_path
 
@@ -242,10 +243,9 @@ def test_a_kill_while_writing_leaves_no_result(root, monkeypatch):
 
 def test_a_result_that_goes_while_files_are_listed_is_not_the_newest(root, monkeypatch):
     analyze(root)
-    listed = results._files(root, "modes")
-    gone = listed[0].with_name("lr-0.1_seed-0.0000000000000000.zarr.zip")
-    monkeypatch.setattr(results, "_files", lambda root, name: [*listed, gone])
-    assert results.files(root)["lr-0.1_seed-0"]["modes"] != gone
+    there, gone, listed = results.files(root), "lr-0.1_seed-0.0000000000000000.zarr.zip", Directory.list
+    monkeypatch.setattr(Directory, "list", lambda self, *args, **options: [*listed(self, *args, **options), gone])
+    assert results.files(root) == there
 
 
 def test_is_fresh_needs_every_measure(root):
