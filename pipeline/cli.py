@@ -141,6 +141,15 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _set_catalog(_ctx: click.Context, _param: click.Parameter, file: str | None) -> None:
+    if file is not None:
+        os.environ["NTK_EOS_CATALOG"] = file
+
+
+catalog_option = click.option(
+    "--catalog", metavar="FILE", expose_value=False, callback=_set_catalog, type=click.Path(dir_okay=False),
+    help="Keep the catalogue in this file [default: in ROOT, or in the user's cache for a URL].",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 
@@ -232,6 +241,7 @@ def plan(
 @study_options
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
 @click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@catalog_option
 @quiet_option
 @click.pass_context
 def run(
@@ -355,6 +365,7 @@ class _Watch:
         self._runs = {run.run_id: run for run in runs}
         self._root, self._progress = root, progress
         self._done: set[str] = set()
+        self._looked = -math.inf
 
     def ended(self, run_id: str) -> None:
         """Count a run as done."""
@@ -362,8 +373,13 @@ class _Watch:
 
     def update(self) -> None:
         """Show the share of the work done, and the newest step of a run that is under way."""
+        from pipeline.disk import door
         from pipeline.store import heartbeat, run_path
 
+        now = time.monotonic()
+        if now - self._looked < door(self._root).beat_seconds / 2:
+            return
+        self._looked = now
         share, note = float(len(self._done)), ""
         for run_id in self._runs.keys() - self._done:
             beat = heartbeat(run_path(self._root, run_id))
@@ -430,6 +446,7 @@ def _status_row(path: "Location") -> dict[str, Any]:
 @main.command(epilog=example("ntk-eos analyze digits", "ntk-eos analyze stores/mine --json"))
 @root_argument
 @json_option
+@catalog_option
 @quiet_option
 def analyze(root: str, as_json: bool, quiet: bool) -> None:
     """Compute what is derived from the runs and is not up to date, and sync the catalogue."""
@@ -452,6 +469,7 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
 @click.argument("query")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
+@catalog_option
 @quiet_option
 def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None:
     """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
@@ -481,6 +499,7 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
 @click.option("--format", "formats", multiple=True, type=click.Choice(["png", "svg"]), default=("png", "svg"),
               show_default=True)  # fmt: skip
 @json_option
+@catalog_option
 @quiet_option
 def plot(
     root: str, figures: Sequence[str], x: str, out: str | None, formats: Sequence[str], as_json: bool, quiet: bool
@@ -516,6 +535,7 @@ def _write_report(root: str, out: str | None, quiet: bool) -> "Location":
 @main.command(epilog=example("ntk-eos claims digits", "ntk-eos claims digits --json"))
 @root_argument
 @json_option
+@catalog_option
 @quiet_option
 @click.pass_context
 def claims(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
@@ -678,6 +698,7 @@ class _Share:
 @click.argument("run_ids", nargs=-1, shell_complete=_complete_run)
 @click.option("--deep", is_flag=True, help="Recompute every digest from the bytes on disk.")
 @json_option
+@catalog_option
 @quiet_option
 @click.pass_context
 def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as_json: bool, quiet: bool) -> None:

@@ -14,11 +14,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.objects import Entry, ObjectLease, Objects, Url, parse_url
+from pipeline.objects import Entry, ObjectLease, Objects, Url, client, parse_url
+
+__all__ = ["Directory", "Door", "Lease", "Location", "client", "door", "location"]
 
 TEMPORARY = ".tmp-"
 NEW = ".new-"
@@ -74,7 +77,14 @@ class Lease:
 
 
 class Directory:
-    """Keys (relative paths with `/`) and their bytes below one folder of a local POSIX file system."""
+    """Keys (relative paths with `/`) and their bytes below one folder of a local POSIX file system.
+
+    Attributes:
+        path: the folder.
+        beat_seconds: a heartbeat is due so often; more would cost more than it tells.
+    """
+
+    beat_seconds = 1.0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -212,7 +222,8 @@ class Directory:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target, ignore_errors=True)
         else:
-            target.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                target.unlink()
 
     def sweep(self) -> None:
         """Remove the temporary files that killed writers left behind. Only the holder of the lease may call this."""

@@ -135,7 +135,13 @@ class Objects:
 
     From `lease` on, PUTs run beside each other until `sync`, and each replaces only the version that this door has
     seen.
+
+    Attributes:
+        path: the URL.
+        beat_seconds: as of a directory; here each beat is a request that is paid for.
     """
+
+    beat_seconds = 10.0
 
     def __init__(self, path: Url) -> None:
         self.path = path
@@ -327,6 +333,7 @@ class Objects:
             new = not any(mark in (folder._versions or {}) for mark in marks)
             if new:
                 build(folder)
+                folder.sync()
         except BaseException:
             held.release()
             raise

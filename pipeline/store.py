@@ -571,7 +571,8 @@ class Writer:
             "elapsed": time.monotonic() - self._started,
             **facts,
         }
-        self.directory.put(HEARTBEAT, zarr3.to_json(beat), durable=False)
+        if self._lease.still_held():  # it is the new holder's otherwise
+            self.directory.put(HEARTBEAT, zarr3.to_json(beat), durable=False)
 
     def close(self) -> None:
         """Give the run back to whoever wants to write it; rows that were not committed are lost."""
@@ -716,7 +717,6 @@ def _build(
         directory.put(f"{group}/{RECORD}", zarr3.to_json(document))
     directory.sync()
     directory.put(RECORD, zarr3.to_json(root))
-    directory.sync()
 
 
 def _write_static(directory: Door, name: str, variable: Variable, values: NDArray[Any]) -> Document:
