@@ -29,6 +29,11 @@ def place():
     return Objects(location(URL))
 
 
+def put(writer, key, data):
+    writer.put(key, data)
+    writer.sync()
+
+
 def fault(bucket, *kinds, verb="put"):
     """The next requests of a kind go wrong in turn."""
     left = list(kinds)
@@ -162,12 +167,10 @@ def test_who_lost_a_lease_replaces_nothing_that_it_has_not_seen(bucket, later, m
     later()
     awake.lease("LEASE", b"awake")
     for key in ("seen", "new"):
-        awake.put(key, b"1")
-        awake.put(key, b"1")  # what was seen now is its own
-        awake.sync()
+        put(awake, key, b"0")
+        put(awake, key, b"1")  # what was put is seen
         with pytest.raises(RunLocked, match=f"{key} was replaced by another process, which writes here now"):
-            asleep.put(key, b"2")
-            asleep.sync()
+            put(asleep, key, b"2")
         assert place().get(key) == b"1"
 
 
@@ -176,8 +179,7 @@ def test_a_put_that_was_done_although_it_was_refused_counts_as_done(bucket):
     with writer.lease("LEASE", b"me"):
         for data in (b"1", b"2"):
             fault(bucket, "repeated")
-            writer.put("a", data)
-            writer.sync()
+            put(writer, "a", data)
             assert place().get("a") == data
 
 
@@ -199,7 +201,6 @@ def test_an_object_that_vanished_is_not_replaced(bucket):
     with writer.lease("LEASE", b"me"):
         bucket.store.delete("store/a")
         with pytest.raises(RunLocked, match="was replaced by another process"):
-            writer.put("a", b"2")
-            writer.sync()
+            put(writer, "a", b"2")
     with pytest.raises(MissingError, match="does not exist"):
         place().get("a")
