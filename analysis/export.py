@@ -11,7 +11,7 @@ import xarray as xr
 from zarr.storage import ObjectStore, StorePath
 
 from analysis import catalog
-from pipeline.disk import client
+from pipeline.disk import Objects, door
 from pipeline.errors import InputError, NtkEosError
 from pipeline.store import Run, list_runs
 
@@ -63,8 +63,9 @@ def _whole(path: Path, write: Callable[[Path], None]) -> Path:
 def _netcdf(run: Run, path: Path) -> None:
     """The committed rows of a run, read lazily; netCDF attributes know no nesting, so those become JSON text."""
     source: Any = run.path
-    if not isinstance(source, Path):
-        source = StorePath(ObjectStore(client(source.bucket), read_only=True), source.prefix)
+    place = door(source)
+    if isinstance(place, Objects):
+        source = StorePath(ObjectStore(place.client, read_only=True), source.prefix)
     tree = xr.open_datatree(source, engine="zarr", chunks={})
 
     def flat(dataset: xr.Dataset) -> xr.Dataset:

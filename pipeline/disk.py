@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Self
 
 from pipeline.errors import InputError, MissingError, RunLocked
-from pipeline.objects import Entry, ObjectLease, Objects, Url, client, parse_url
+from pipeline.objects import Entry, ObjectLease, Objects, Url, parse_url
 
-__all__ = ["Directory", "Door", "Lease", "Location", "client", "door", "location"]
+__all__ = ["Directory", "Door", "Lease", "Location", "Objects", "door", "location"]
 
 TEMPORARY = ".tmp-"
 NEW = ".new-"

@@ -151,13 +151,18 @@ class Objects:
     def __repr__(self) -> str:
         return f"Objects({str(self.path)!r})"
 
+    @property
+    def client(self) -> Any:
+        """The connection to the bucket, as obstore has it."""
+        return client(self.path.bucket)
+
     @contextmanager
     def _asking(self, verb: str, where: Url) -> Iterator[Any]:
         """The client, for requests about `where`; what it raises becomes an error of ours."""
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
-            yield client(self.path.bucket)
+            yield self.client
         except FileNotFoundError as error:
             raise MissingError(f"{where} does not exist") from error
         except (AlreadyExistsError, PreconditionError) as error:
