@@ -146,7 +146,7 @@ class Objects:
     def __init__(self, path: Url) -> None:
         self.path = path
         self._versions: dict[str, Version] | None = None
-        self._puts: list[Future[None]] = []
+        self._puts: dict[str, Future[None]] = {}
 
     def __repr__(self) -> str:
         return f"Objects({str(self.path)!r})"
@@ -194,7 +194,9 @@ class Objects:
             with self._asking("put", where) as bucket:
                 bucket.put(where.prefix, data, use_multipart=False)
         elif PUTS_AT_ONCE > 1:
-            self._puts.append(_pool().submit(self._put_seen, key, data))
+            if key in self._puts:
+                self._puts.pop(key).result()  # two PUTs of one object could end in either order
+            self._puts[key] = _pool().submit(self._put_seen, key, data)
         else:
             self._put_seen(key, data)
 
@@ -234,8 +236,8 @@ class Objects:
 
     def settle(self) -> Sequence[BaseException]:
         """Wait until all PUTs are answered, however; gives the failures among them."""
-        puts, self._puts = self._puts, []
-        return [failure for put in puts if (failure := put.exception()) is not None]
+        puts, self._puts = self._puts, {}
+        return [failure for put in puts.values() if (failure := put.exception()) is not None]
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """The bytes of an object.

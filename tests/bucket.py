@@ -1,5 +1,6 @@
 """A bucket in memory whose requests can be counted, failed, repeated and delayed."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ class Bucket:
     Attributes:
         requests: how often each verb was used.
         strike: called with the number of the request, from 0, its verb and path; it may name a fault: "refused" fails
-            the request, "unanswered" does it and loses the answer, "repeated" does so and the client asks again.
+            the request, "unanswered" does it and loses the answer, "repeated" does so and the client asks again, "slow"
+            delays it.
     """
 
     def __init__(self, strike: Callable[[int, str, str], str | None] = lambda number, verb, path: None) -> None:
@@ -32,6 +34,8 @@ class Bucket:
             number = self.requests.total()
             self.requests[verb] += 1
             fault = self.strike(number, verb, path)
+            if fault == "slow":
+                time.sleep(0.05)
             if fault == "refused":
                 raise GenericError("503 Slow Down")
             answer = request(path, *arguments, **options)

@@ -183,6 +183,17 @@ def test_a_put_that_was_done_although_it_was_refused_counts_as_done(bucket):
             assert place().get("a") == data
 
 
+def test_of_two_puts_of_one_object_the_later_one_counts(bucket):
+    writer = place()
+    with writer.lease("LEASE", b"me"):
+        fault(bucket, "slow")
+        writer.put("a", b"1")
+        writer.put("a", b"2")
+        writer.put("b", b"3")
+        writer.sync()
+        assert (place().get("a"), place().get("b")) == (b"2", b"3")
+
+
 def test_the_first_failure_of_many_puts_is_raised_once(bucket):
     writer = place()
     with writer.lease("LEASE", b"me"):
