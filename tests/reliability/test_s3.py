@@ -12,8 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import xarray as xr
+from obstore.store import from_url
 from rows_seen import commits, committed, lost_rows
 from writer_loop import RUN, advance, open_writer, record, write_run
+from zarr.storage import ObjectStore
 
 from pipeline import objects
 from pipeline.config import load_study
@@ -63,6 +66,8 @@ def test_a_run_is_that_of_a_folder_and_has_one_writer(server, tmp_path):
     assert write_run(URL).head == write_run(tmp_path).head
     assert verify(find_run(URL, RUN), deep=True) == []
     assert [run.status for run in list_runs(URL)] == ["complete"]
+    plain = ObjectStore(from_url(str(run_path(URL, RUN))), read_only=True)
+    assert xr.open_datatree(plain, engine="zarr", chunks={})["train"].sizes["step"] == 12
 
 
 def test_a_lost_lease_is_taken_over_and_its_holder_is_stopped(server, monkeypatch):
