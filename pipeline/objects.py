@@ -159,10 +159,11 @@ class Objects:
     @contextmanager
     def _asking(self, verb: str, where: Url) -> Iterator[Any]:
         """The client, for requests about `where`; what it raises becomes an error of ours."""
+        bucket = self.client
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
-            yield self.client
+            yield bucket
         except FileNotFoundError as error:
             raise MissingError(f"{where} does not exist") from error
         except (AlreadyExistsError, PreconditionError) as error:
@@ -196,12 +197,11 @@ class Objects:
         elif PUTS_AT_ONCE > 1:
             if key in self._puts:
                 self._puts.pop(key).result()  # two PUTs of one object could end in either order
-            self._puts[key] = _pool().submit(self._put_seen, key, data)
+            self._puts[key] = _pool().submit(self._put_seen, self._versions, key, data)
         else:
-            self._put_seen(key, data)
+            self._put_seen(self._versions, key, data)
 
-    def _put_seen(self, key: str, data: bytes) -> None:
-        versions = self._versions or {}
+    def _put_seen(self, versions: dict[str, Version], key: str, data: bytes) -> None:
         version = self.swap(key, data, versions.get(key))
         if version is None:
             raise RunLocked(f"{self.path / key} was replaced by another process, which writes here now: this one stops")
@@ -412,12 +412,12 @@ class ObjectLease:
     def _keep(self) -> None:
         while not self._over.wait(LEASE_SECONDS / 3):
             with suppress(NtkEosError):  # another try comes; `still_held` asks before anything depends on it
-                self._renew(self._body)
+                self._renew()
 
-    def _renew(self, body: bytes) -> None:
+    def _renew(self) -> None:
         with self._turn:
             if self._version is not None:
-                self._version = self._objects.swap(self._key, body, self._version)
+                self._version = self._objects.swap(self._key, self._body, self._version)
                 self._renewed = time.monotonic()
 
     def still_held(self) -> bool:
@@ -427,16 +427,18 @@ class ObjectLease:
             UnreachableStore: if the store does not answer.
         """
         if time.monotonic() - self._renewed > LEASE_SECONDS / 2:
-            self._renew(self._body)
+            self._renew()
         return self._version is not None
 
     def release(self) -> None:
         """Give the lease back; a second call does nothing. If that fails it ends by itself in a while."""
         self._over.set()
         self._objects.settle()
-        with suppress(NtkEosError):
-            self._renew(b"")
-        self._version = None
+        with self._turn:
+            version, self._version = self._version, None
+            if version is not None:
+                with suppress(NtkEosError):
+                    self._objects.swap(self._key, b"", version)
 
 
 @cache

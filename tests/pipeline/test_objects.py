@@ -1,5 +1,6 @@
 """The lease and the fence of an object store, and what becomes of requests that fail, or seem to."""
 
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -8,7 +9,7 @@ from bucket import URL, Bucket
 
 from pipeline import objects
 from pipeline.disk import door, location
-from pipeline.errors import MissingError, RunLocked, UnreachableStore
+from pipeline.errors import MissingError, NtkEosError, RunLocked, UnreachableStore
 from pipeline.objects import Objects
 
 
@@ -60,9 +61,10 @@ def test_a_request_that_fails_is_an_error_of_ours(bucket, kind):
 
 
 def test_the_client_says_which_extra_it_needs(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    with pytest.raises(objects.NtkEosError, match=r"memory://elsewhere needs the extra `cloud`: pip install"):
-        objects.client("memory://elsewhere")
+    for name in ("obstore", "obstore.store", "obstore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(NtkEosError, match=r"memory://elsewhere needs the extra `cloud`: pip install"):
+        door("memory://elsewhere/store").is_there()
 
 
 def test_a_bucket_in_memory_is_one_for_the_whole_process():
