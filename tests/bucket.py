@@ -18,11 +18,11 @@ class Bucket:
     Attributes:
         requests: how often each verb was used.
         strike: called with the number of the request, from 0, its verb and path; it may name a fault: "refused" fails
-            the request, "unanswered" does it and loses the answer, "repeated" does so and the client asks again, "slow"
-            delays it.
+            the request, "unanswered" does it and loses the answer, "repeated" does so and the client asks again; a
+            number delays it by so many seconds.
     """
 
-    def __init__(self, strike: Callable[[int, str, str], str | None] = lambda number, verb, path: None) -> None:
+    def __init__(self, strike: Callable[[int, str, str], str | float | None] = lambda number, verb, path: None) -> None:
         self.store, self.strike, self.requests = MemoryStore(), strike, Counter()
 
     def __getattr__(self, verb: str) -> Any:
@@ -34,8 +34,8 @@ class Bucket:
             number = self.requests.total()
             self.requests[verb] += 1
             fault = self.strike(number, verb, path)
-            if fault == "slow":
-                time.sleep(0.05)
+            if isinstance(fault, float):
+                time.sleep(fault)
             if fault == "refused":
                 raise GenericError("503 Slow Down")
             answer = request(path, *arguments, **options)

@@ -188,7 +188,7 @@ def test_a_put_that_was_done_although_it_was_refused_counts_as_done(bucket):
 def test_of_two_puts_of_one_object_the_later_one_counts(bucket):
     writer = place()
     with writer.lease("LEASE", b"me"):
-        fault(bucket, "slow")
+        fault(bucket, 0.02, 0.1)
         writer.put("a", b"1")
         writer.put("a", b"2")
         writer.put("b", b"3")
