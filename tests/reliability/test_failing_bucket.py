@@ -3,6 +3,7 @@
 import json
 import random
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
 
 import pytest
@@ -40,6 +41,13 @@ def assert_nothing_is_lost(committed):
     assert [problem for problem in verify(run, deep=True) if problem.damage] == []
 
 
+def fault_at(point, kind, number, verb, path):
+    """The request that is struck; a cut is the end of all that follow, too."""
+    if kind == "cut":
+        return "refused" if number >= point else None
+    return kind if number == point else None
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Starts with an empty bucket that has this fault; leases of writers that failed have run out when it is over."""
@@ -58,7 +66,7 @@ def runs(monkeypatch):
     return begin
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", [*FAULTS, "cut"])
 @pytest.mark.parametrize("groups", [pytest.param(SMALL, id="small"),
                                     pytest.param(LARGER, id="larger", marks=pytest.mark.reliability)])  # fmt: skip
 def test_a_run_survives_a_fault_at_every_request(runs, monkeypatch, capsys, groups, kind):
@@ -68,7 +76,7 @@ def test_a_run_survives_a_fault_at_every_request(runs, monkeypatch, capsys, grou
     head, failed = find_run(URL, RUN).head, 0
     for point in count():
         committed = []
-        bucket, over = runs(lambda number, verb, path, point=point: kind if number == point else None)
+        bucket, over = runs(partial(fault_at, point, kind))
         error = attempt(groups, committed)
         struck = bucket.requests.total() > point
         over()
