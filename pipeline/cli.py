@@ -374,6 +374,7 @@ class _Watch:
     def update(self) -> None:
         """Show the share of the work done, and the newest step of a run that is under way."""
         from pipeline.disk import door
+        from pipeline.errors import UnreachableStore
         from pipeline.store import heartbeat, run_path
 
         now = time.monotonic()
@@ -382,7 +383,10 @@ class _Watch:
         self._looked = now
         share, note = float(len(self._done)), ""
         for run_id in self._runs.keys() - self._done:
-            beat = heartbeat(run_path(self._root, run_id))
+            try:
+                beat = heartbeat(run_path(self._root, run_id))
+            except UnreachableStore:
+                continue  # this is only to show; if it matters, the run itself fails
             if beat.get("status") == "running":
                 share += self._share(self._runs[run_id], beat)
                 note = f"{run_id} at step {beat['last_step']}" + (

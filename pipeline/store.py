@@ -127,7 +127,7 @@ def heartbeat(path: Location) -> Document:
     """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
     try:
         beat = json.loads(door(path).get(HEARTBEAT, limit=2**20))
-    except (NtkEosError, ValueError, RecursionError):
+    except (MissingError, InputError, ValueError, RecursionError):
         return {}
     return beat if isinstance(beat, dict) else {}
 

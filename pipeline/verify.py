@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
 from pipeline.disk import Location, door
-from pipeline.errors import DamagedStore, InputError, NtkEosError
+from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import (
     FINAL,
     HEARTBEAT,
@@ -76,6 +76,7 @@ def verify_root(
     Raises:
         MissingError: if there is no store, or no run of that name.
         InputError: if the root is not a store.
+        UnreachableStore: if an object store does not answer, which says nothing of what it holds.
     """
     paths = [find_path(root, run_id) for run_id in run_ids] or run_paths(root)
     problems: list[Problem] = []
@@ -85,7 +86,7 @@ def verify_root(
         except InputError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), "install that version to verify it", False))
             continue
-        except NtkEosError as error:
+        except (MissingError, DamagedStore) as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue
         problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
@@ -160,7 +161,7 @@ def _checkpoint(run: Run, deep: bool) -> Iterator[Problem]:
     elif deep:
         try:
             digest = blake(directory.get(entry["name"])).hex()
-        except NtkEosError as error:
+        except (MissingError, InputError) as error:
             yield Problem(where, str(error), _mend(run.path))
         else:
             if digest != entry["digest"]:
@@ -182,7 +183,7 @@ def _copies(run: Run) -> Iterator[Problem]:
         for key, expected in {**documents, group: zarr3.group_document(attrs, nodes)}.items():
             try:
                 found = json.loads(door(run.path).get(f"{key}/{RECORD}"))
-            except (NtkEosError, ValueError, RecursionError) as error:
+            except (MissingError, InputError, ValueError, RecursionError) as error:
                 yield Problem(f"{run.run_id}/{key}/{RECORD}", str(error), _mend(run.path))
                 continue
             if growing and not final:

@@ -153,3 +153,17 @@ def test_a_store_that_does_not_answer_is_one_line(bucket, patch):
             assert result.stderr.splitlines()[-1].startswith(f"error: list {URL}/")
     finally:
         bucket.strike = lambda *_: None
+
+
+def test_progress_goes_on_without_a_heartbeat(bucket):
+    class Bar:
+        def update(self, share, note):
+            self.said = share, note
+
+    runs, bar = [type("Run", (), {"run_id": "lr-0.1_seed-0"})], Bar()
+    bucket.strike = lambda *_: "refused"
+    try:
+        cli._Watch(runs, URL, bar).update()
+    finally:
+        bucket.strike = lambda *_: None
+    assert bar.said == (0, "0/1 runs done, ")

@@ -1,6 +1,7 @@
 """The same store on an object store: the same heads, one writer, and nothing lost to a writer that lost its turn."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import count
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def test_a_record_that_was_lost_is_damage_and_not_written_over():
     assert "has no zarr.json" in problem.what
     with pytest.raises(MissingError, match="is not a run"):
         open_writer(URL)
+
+
+def test_a_store_that_does_not_answer_is_not_a_damaged_one(bucket):
+    write_run(URL, 6, groups=("spectra", "train"))
+    for point in count():
+        struck = []
+        before = bucket.requests.total()
+        bucket.strike = lambda n, *_, k=before + point, s=struck: s.append(k) or "refused" if n == k else None
+        try:
+            assert verify_root(URL, deep=True) == []
+            break
+        except UnreachableStore:
+            assert struck
+    assert not struck
+    assert point > 50
 
 
 def test_a_second_writer_is_refused_and_the_first_goes_on(bucket):
