@@ -190,7 +190,7 @@ def _check_nodes(nodes: Document, lengths: dict[str, int]) -> None:
 def _planned(group: str, names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The arrays that a group must have and those of these names, with their dimensions."""
     if group == "probe":
-        known = dict(schema.PROBE)
+        known = schema.PROBE | (schema.TEST_PROBE if schema.TEST_PROBE.keys() & set(names) else {})
     else:
         known = {variable.name: variable for variable in schema.row_variables(group, names)}
     unknown = sorted(set(names) - known.keys())

@@ -213,9 +213,12 @@ def test_a_flow_that_goes_elsewhere():
 
 def test_what_comes_before_the_window_does_not_count():
     frame = families()
-    frame.loc[(frame["process"] == "central_flow") & (frame["step"] < 20), ["kta", "oscillation"]] += 1
+    frame.loc[(frame["process"] == "central_flow") & (frame["step"] < 20), "kta"] += 1
     assert verdict("kta_follows_the_central_flow", frame) == "passed"
-    assert verdict("oscillation_predicted", frame) == "passed"
+    frame.loc[(frame["process"] == "discrete") & (frame["step"] < 10), "loss"] += 1
+    assert verdict("loss_predicted", frame) == "passed"
+    frame.loc[(frame["process"] == "discrete") & (frame["step"] == 12), "loss"] += 10
+    assert verdict("loss_predicted", frame) == "failed"
 
 
 def test_one_critical_eigenvalue_is_not_several():

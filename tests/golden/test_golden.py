@@ -116,8 +116,7 @@ def test_an_independent_reader_reads_what_is_written_today(tmp_path):
 
 
 def test_the_page_lists_every_variable_of_a_digest_in_its_order():
-    growing = {group: list(variables) for group, variables in schema.GROUPS.items()}
-    growing["snapshots"] += schema.ON_REQUEST
+    growing = {group: [*variables, *schema.MORE.get(group, ())] for group, variables in schema.GROUPS.items()}
     own = {group: schema.variables_of(group, names).values() for group, names in growing.items()}
     certified = {group: [one.name for one in variables if not one.volatile] for group, variables in own.items()}
     assert ORDER == {"row": list(schema.ROW), **certified, "kernel": list(schema.OF_A_KERNEL)}

@@ -40,13 +40,14 @@ with smooth as (
          avg(kta_change) over near as kta_change
   from phases
   window near as (partition by run_id order by step rows between 2 preceding and 2 following)
+), correlations as (
+  select run_id, corr(sharpness_change, kta_change) as correlation, count(*) as steps
+  from smooth where phase in ('eos_rising', 'eos_falling') and sharpness_change is not null and kta_change is not null
+  group by run_id
 )
-select learning_rate, seed, any_value(crossed) as crossed, corr(sharpness_change, kta_change) as correlation,
-       count(*) as steps
-from smooth join runs using (run_id) join phase_changes using (run_id)
-where status = 'complete' and study = {study} and phase in ('eos_rising', 'eos_falling')
-  and sharpness_change is not null and kta_change is not null
-group by run_id, learning_rate, seed
+select learning_rate, seed, crossed, correlation, steps
+from phase_changes join runs using (run_id) left join correlations using (run_id)
+where status = 'complete' and study = {study}
 order by learning_rate, seed
 """.strip()
 
