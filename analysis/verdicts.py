@@ -19,7 +19,7 @@ Written by `make studies` from what its stores hold; every line follows from a q
 A verdict is passed, failed, or underpowered where there are too few runs to tell. Rules and thresholds were committed
 before the first run of that size; what changed later stands below the table. {counts}.
 
-A claim that failed is a finding, not a mistake in the page: see [what the failures mean](failures.md).
+A claim that failed is a finding, not a mistake in the page: see [what came out](findings.md).
 """
 
 

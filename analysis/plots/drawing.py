@@ -41,6 +41,7 @@ MOST_LINES = 12  # more can neither be told apart nor named beside the axes
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), "-.")
 NAMES = {
     "kta": "training", "kta_closed_form": "closed form at the measured s", "squared_length": "measured",
+    "kta_measured": "measured",
     "squared_length_predicted": "root of S(s) = 2/η", "kta_test": "held out", "c5": "training", "c5_test": "held out",
     "test_error_rate": "network", "regression_error_rate": "regression with the kernel", "sharpness": "measured",
     "line": "2/η",
@@ -213,6 +214,7 @@ def plot_columns(rows: pd.DataFrame, panels: Mapping[str, Sequence[str]], title:
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.1 * columns, 2.9 * lines + 0.6))
+    figure.set_layout_engine("constrained", wspace=0.06)
     grid = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -228,7 +230,7 @@ def plot_columns(rows: pd.DataFrame, panels: Mapping[str, Sequence[str]], title:
             )  # fmt: skip
         axes.set_xscale("log")
         rates = sorted(rows["learning_rate"].unique())
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 5 else 0)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 4 else 0)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
         axes.set(xlabel="learning rate η", ylabel=label)

@@ -18,16 +18,20 @@ from mock_store import mock_run, mock_store
 from analysis import catalog, results, studies
 from analysis.plots import (
     FIGURES,
+    columns,
     draw_edge,
     draw_figures,
     draw_kta,
     draw_modes,
     numbers,
+    plot_columns,
     plot_edge,
     plot_kta,
     plot_modes,
+    plot_series,
     render,
     save,
+    series,
 )
 from analysis.plots.drawing import SHORTEST, colours, steady
 from pipeline import schema
@@ -552,3 +556,61 @@ def test_a_figure_says_how_to_read_it(store, figure):
 
 def test_a_store_of_no_paper_has_the_general_figures(store):
     assert studies.figures(store) == FIGURES
+
+
+# --- figures of a paper, from the queries of its claims ---------------------------------------------------------------
+
+
+def test_columns_stand_over_the_learning_rate_with_a_line_through_the_means():
+    rows = pd.DataFrame({
+        "learning_rate": [0.1, 0.1, 0.4, 0.4], "seed": [0, 1, 0, 1], "kta": [1.0, 3.0, 4.0, 6.0],
+        "kta_closed_form": [1.0, 3.0, np.nan, 5.0], "c5": [0.1, 0.2, 0.3, 0.4],
+    })  # fmt: skip
+    figure = plot_columns(rows, {"KTA": ("kta", "kta_closed_form"), "C(5)": ("c5",)}, "A title", "what was trained")
+    first, second = figure.axes
+    mean, marks, predicted, crosses = first.get_lines()
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([0.1, 0.4], [2, 5])
+    assert list(marks.get_ydata()) == [1, 3, 4, 6]
+    assert list(predicted.get_ydata()) == [2, 5], "a missing value is left out, not drawn as zero"
+    assert list(crosses.get_ydata()) == [1, 3, 5]
+    assert mean.get_color() != predicted.get_color()
+    assert [axes.get_ylabel() for axes in (first, second)] == ["KTA", "C(5)"]
+    assert first.get_legend() is not None
+    assert second.get_legend() is None
+    assert "A title" in first.get_title(loc="center")
+
+
+def test_series_have_a_line_per_label_in_every_panel_that_it_has_values_for():
+    rows = pd.DataFrame({
+        "label": ["one"] * 3 + ["two"] * 3, "step": [0, 1, 2] * 2, "kta": [1.0, 2.0, 3.0, 3.0, 2.0, 1.0],
+        "loss_log": [1.0, 0.1, 0.01] * 2, "oscillation": [np.nan] * 3 + [0.0, 1.0, 2.0],
+    })  # fmt: skip
+    panels = {"KTA": "kta", "loss": "loss_log", "oscillation": "oscillation"}
+    figure = plot_series(rows, panels, "A title")
+    assert [[line.get_label() for line in axes.get_lines()] for axes in figure.axes] == 3 * [["one", "two"]]
+    assert [len(line.get_xdata()) for line in figure.axes[2].get_lines()] == [0, 3]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+
+
+def test_a_figure_of_a_paper_takes_the_query_of_a_claim_on_the_whole_store(store):
+    sql = (
+        "select learning_rate, seed, arg_min(kta, step) as kta from alignment join runs using (run_id) "
+        "where loss <= {level} and study = {study} group by all"
+    )
+    drawing = columns("mine", "title", "caption", sql, {"KTA": ("kta",)})
+    assert "loss <= 0.5 and true" in drawing.sql(store, "learning rate")
+    (axes,) = drawing.draw(store, "learning rate").axes
+    assert len(axes.get_lines()[1].get_xdata()) == 6
+    empty = series("none", "title", "caption", "select 1 as label, 2 as step, 3 as kta where 1 = 0", {"KTA": "kta"})
+    with pytest.raises(MissingError, match="no run has the numbers that it shows"):
+        empty.draw(store, "step")
+
+
+def test_a_study_chooses_its_figures(tmp_path):
+    attrs = {"paper": "jiang2025", "figures": ["flow", "kta"]}
+    mock_run(tmp_path, 0.1, 0, steps=3, attrs=attrs)
+    assert list(studies.figures(tmp_path)) == ["flow", "kta"]
+    mock_run(tmp_path, 0.1, 1, steps=3, attrs={**attrs, "figures": ["no_such"]})
+    with pytest.raises(InputError, match="figure 'no_such': not one of kta, modes, phases, "):
+        studies.figures(tmp_path)

@@ -69,6 +69,13 @@ def test_a_seed_that_lacks_an_end_has_no_gain():
 
 
 @pytest.mark.parametrize("column", ["kta", "c5"])
+def test_a_trend_with_batches_is_over_all_learning_rates(column):
+    rises = grid(lambda rate, seed: rate).rename(columns={"value": column}).assign(crossed=False)
+    assert verdict(f"{column}_trend_with_batches", rises) == "passed"
+    assert verdict(f"{column}_trend_with_batches", rises.assign(**{column: 1.0})) == "failed"
+
+
+@pytest.mark.parametrize("column", ["kta", "c5"])
 def test_a_trend_passes_fails_or_lacks_runs(column):
     rises = grid(lambda rate, seed: rate + 0.01 * seed).rename(columns={"value": column})
     assert verdict(f"{column}_trend", rises) == "passed"

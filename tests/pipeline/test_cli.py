@@ -14,7 +14,7 @@ import click
 import duckdb
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command import call, refused, rows
 
 from analysis.judge import CHANGES
 from pipeline import cli
@@ -33,21 +33,6 @@ def sets(*overrides: str) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def refused(code: int, *arguments: object) -> str:
-    """The one line with which a call is refused; nothing else may be printed."""
-    result = call(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     """A small store of the digits study, made by the command itself."""
@@ -55,13 +40,6 @@ def store(tmp_path_factory) -> Path:
     result = call("run", "digits", "--out", root, *sets(*SMALL))
     assert result.exit_code == 0, result.output
     return root
-
-
-def rows(*arguments: object) -> list[dict]:
-    result = call(*arguments, "--json")
-    printed = json.loads(result.stdout)
-    assert printed["schema"] == 1
-    return printed["rows"]
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

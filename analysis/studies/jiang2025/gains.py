@@ -27,15 +27,21 @@ def from_the_edge_on(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame.groupby("learning_rate")["crossed"].transform("all") | control]
 
 
-def trends(column: str, name: str) -> Callable[[pd.DataFrame], Verdict]:
-    """A rule: over the seeds the column rises with the learning rate, more than chance would have it."""
+def trends(column: str, name: str, everywhere: bool = False) -> Callable[[pd.DataFrame], Verdict]:
+    """A rule: over the seeds the column rises with the learning rate, more than chance would have it.
+
+    Args:
+        column: what has to rise.
+        name: for people.
+        everywhere: over all learning rates; else from the edge on.
+    """
 
     def judge(frame: pd.DataFrame) -> Verdict:
-        rows = from_the_edge_on(frame)
+        rows = frame if everywhere else from_the_edge_on(frame)
         complete = rows.groupby("seed")["learning_rate"].transform("nunique") == rows["learning_rate"].nunique()
         rows = rows[complete & rows[column].notna()]
         if rows["learning_rate"].nunique() < 2:
-            return Verdict("underpowered", "fewer than two learning rates from the edge on", len(rows))
+            return Verdict("underpowered", "fewer than two learning rates to compare", len(rows))
         if reason := too_few(rows):
             return Verdict("underpowered", reason, len(rows))
         rates, seeds = rows["learning_rate"].nunique(), rows["seed"].nunique()
@@ -77,18 +83,18 @@ LABELS = {
 }  # fmt: skip
 TREND = (
     "Kendall's τ of {what} with the learning rate, meaned over seeds, is positive with p ≤ {chance:g} when the values "
-    "of each seed are dealt out to its learning rates at random. Rows: the first with loss <= level, at the learning "
-    "rates whose sharpness crossed 2/η in every seed, and at the largest one that crossed in none."
+    "of each seed are dealt out to its learning rates at random. Rows: the first with loss <= level, at {where}."
 )
+FROM_THE_EDGE = "the learning rates whose sharpness crossed 2/η in every seed, and the largest one that crossed in none"
 GAIN = (
     "At the first row with loss <= level, {what} at the largest learning rate minus {what} at the smallest: the 95 % "
     "bootstrap interval of its mean over at least {seeds} seeds lies above 0."
 )
 
 
-def trend_rule(what: str) -> str:
+def trend_rule(what: str, where: str = FROM_THE_EDGE) -> str:
     """The rule of `trends` in words."""
-    return TREND.format(what=what, chance=CHANCE)
+    return TREND.format(what=what, chance=CHANCE, where=where)
 
 
 def gain_rule(what: str) -> str:

@@ -40,7 +40,8 @@ with wide as (
 ), last as (
   select run_id, max(step) as step from wide group by run_id
 )
-select learning_rate, seed, process, kta, kta_closed_form, squared_length, squared_length_predicted, c3, c5
+select learning_rate, seed, process, kta, kta as kta_measured, kta_closed_form, squared_length,
+       squared_length_predicted, c3, c5
 from last join wide using (run_id, step) join alignment using (run_id, step) join runs using (run_id)
 where status = 'complete' and study = {study}
 order by learning_rate, seed, process
@@ -147,7 +148,7 @@ FIGURES = {
         "changes with η; above it s falls and the alignment rises. C(1) is left out: it belongs to the outlier.",
         ENDS,
         {
-            "KTA": ("kta", "kta_closed_form"),
+            "KTA": ("kta_measured", "kta_closed_form"),
             "s = ‖a‖²": ("squared_length", "squared_length_predicted"),
             "C(3)": ("c3",),
             "C(5)": ("c5",),

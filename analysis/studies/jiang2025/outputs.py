@@ -1,7 +1,7 @@
 """Several outputs: the kernel summed over outputs and the kernel of all their pairs, side by side."""
 
 from analysis.claims import Claim
-from analysis.plots import columns
+from analysis.plots import columns, series
 from analysis.studies.jiang2025.gains import gain_in, gain_rule
 from analysis.studies.jiang2025.source import BEYOND
 
@@ -44,7 +44,22 @@ CLAIMS = {
     )
 }  # fmt: skip
 
+HESSIAN = """
+select printf('%g, seed %d', learning_rate, seed) as label, step, value as sharpness, value * learning_rate / 2 as ratio
+from measures join runs using (run_id)
+where measure = 'hessian_sharpness' and study = {study} and seed = (select min(seed) from runs)
+order by learning_rate, step
+""".strip()
+
 FIGURES = {
+    "hessian": series(
+        "hessian",
+        "The sharpness of the Hessian along training",
+        "One line per learning rate, of the first seed: the largest eigenvalue of the Hessian of the loss, and the "
+        "same over 2/η, which is 1 at the line of gradient descent.",
+        HESSIAN,
+        {"λ₁(H)": "sharpness", "λ₁(H) η / 2": "ratio"},
+    ),
     "conventions": columns(
         "conventions",
         "Two conventions for several outputs",
@@ -58,5 +73,5 @@ FIGURES = {
             "C(5), K summed over outputs": ("c5",),
             "Hessian sharpness": ("sharpness", "line"),
         },
-    )
+    ),
 }
