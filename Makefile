@@ -33,7 +33,7 @@ test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads wi
 	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
 	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
 
-reliability: .venv/.stamp ## the longer tests, which kill and damage
+reliability: .venv/.stamp .venv-moto/.stamp ## the longer tests, which kill and damage
 	@.venv/bin/pytest -q --hypothesis-profile=ci -m reliability
 
 # All of them in under half an hour on two cores; SIZE=full takes an evening. A failed claim is a result, not an error.
@@ -65,7 +65,14 @@ $(PEERS:=/.stamp): .venv-%/.stamp: tests/bench/peers/%.txt
 	@$(PYTHON) -m venv --clear $(@D)
 	-@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $< 2> $(@D)/error.txt && touch $@
 
-.venv/.stamp:          packages = -e '.[train,netcdf,distributed,dev]'
+# An S3 server for tests, apart from everything else: its pins of boto3 are not ours.
+.venv-moto/.stamp: tests/reliability/moto.txt
+	@echo "$(@D): installing the pinned packages (minutes the first time)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+.venv/.stamp:          packages = -e '.[train,netcdf,distributed,cloud,dev]'
 .venv-analysis/.stamp: packages = -e . pytest pytest-xdist psutil hypothesis
 .venv-plain/.stamp:    packages = xarray zarr dask pytest
 
@@ -84,10 +91,10 @@ constraints: ## pin the newest releases that pyproject.toml allows (torch stays)
 	@$(PYTHON) -m venv .venv-pins
 	@grep '^torch==' constraints.txt > .venv-pins/torch.txt
 	@.venv-pins/bin/python -m pip install -qq --disable-pip-version-check -c .venv-pins/torch.txt \
-	  -e '.[train,netcdf,distributed,dev]'
+	  -e '.[train,netcdf,distributed,cloud,dev]'
 	@echo "# What the tests pass with today; written by make constraints." > constraints.txt
 	@.venv-pins/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' >> constraints.txt
 	@rm -rf .venv-pins
 
 clean: ## remove environments and caches; stores and downloads stay
-	@rm -rf $(VENVS) $(PEERS) .venv-pins .pytest_cache .ruff_cache .mypy_cache .hypothesis dist
+	@rm -rf $(VENVS) $(PEERS) .venv-moto .venv-pins .pytest_cache .ruff_cache .mypy_cache .hypothesis dist

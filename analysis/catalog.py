@@ -2,8 +2,9 @@
 
 It is an index, not the truth: `sync` reads the runs that changed since the last time into a private copy and publishes
 that by one rename; everybody else opens the file read-only. Deleting it loses nothing. For a store that may not be
-written, and has none that is up to date, it is built in the user's cache. Its tables are those of `analysis.tables`.
-Missing is NULL, never NaN.
+written, and has none that is up to date, and for one on an object store, it is built in the user's cache; the
+environment variable NTK_EOS_CATALOG names another file. Its tables are those of `analysis.tables`. Missing is NULL,
+never NaN.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ import duckdb
 from analysis import results, tables
 from analysis.tables import TABLES, one_line
 from pipeline import schema
-from pipeline.disk import Directory
+from pipeline.disk import Directory, Location, door, location
 from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
 from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, run_paths, runs_directory
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catal
 NAME = "catalog.duckdb"
 COPY = ".catalog-next.duckdb"
 LOCK = ".catalog-lock"
+CHOSEN = "NTK_EOS_CATALOG"
 
 TRAIN_ROWS = 2000
 QUERY_SECONDS = 60.0
@@ -80,13 +82,13 @@ def sync(root: str | os.PathLike[str]) -> Path:
         InputError: if it is not a store, or cannot be written.
         DamagedStore: if the record of a run is damaged.
     """
-    folder = _folder(root)
-    known = _known(folder / NAME)
+    path = _file(root)
+    known = _known(path)
     if _fingerprints(root, known or {}) != known:
-        with _writing(folder, wait=known is None) as mine:
+        with _writing(path.parent, wait=known is None) as mine:
             if mine:
-                _update(root, folder)
-    return folder / NAME
+                _update(root, path)
+    return path
 
 
 def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
@@ -101,7 +103,7 @@ def query(root: str | os.PathLike[str], sql: str, sync: bool = True) -> Table:
         MissingError: if the root does not exist.
         InputError: if DuckDB refuses the statement, it writes, or it takes too long or gives too much.
     """
-    path = _folder(root) / NAME
+    path = _file(root)
     if sync or _known(path) is None:
         path = _sync(root)
     with _open(path) as connection:
@@ -137,7 +139,7 @@ def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike
     """
     if table not in TABLES:
         raise MissingError(f"table {table!r} is not one of {', '.join(TABLES)}")
-    catalogue = _folder(root) / NAME
+    catalogue = _file(root)
     if _known(catalogue) is None:
         sync(root)
     with duckdb.connect(catalogue, read_only=True) as connection:
@@ -157,14 +159,14 @@ def write_claims(root: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
         root: folder of the store.
         rows: by column of the table.
     """
-    folder = _folder(root)
-    if _known(folder / NAME) is None:
+    path = _file(root)
+    if _known(path) is None:
         sync(root)
-    if not _writable(folder):
-        log.warning("%s cannot be written: the verdicts are not kept in its catalogue", folder)
+    if not _writable(path.parent):
+        log.warning("%s cannot be written: the verdicts are not kept in its catalogue", path.parent)
         return
     frame = tables.frame_of("claims", list(rows))
-    with _writing(folder, wait=True), _next(root, folder) as connection:
+    with _writing(path.parent, wait=True), _next(root, path) as connection:
         connection.execute("delete from claims")
         tables.insert(connection, "claims", frame)
 
@@ -230,20 +232,26 @@ def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckD
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _folder(root: str | os.PathLike[str]) -> Path:
+def _file(root: str | os.PathLike[str]) -> Path:
     """Where the catalogue of a store lies: in the store, or in the user's cache if it cannot be brought up to date."""
     store = runs_directory(root).path.parent
-    if _writable(store):
-        return store
-    known = _known(store / NAME)
-    if known is not None and known == _fingerprints(root, known):
-        return store
+    if chosen := os.environ.get(CHOSEN):
+        Directory(Path(chosen).parent).make()
+        return Path(chosen)
+    if isinstance(store, Path):
+        if _writable(store):
+            return store / NAME
+        known = _known(store / NAME)
+        if known is not None and known == _fingerprints(root, known):
+            return store / NAME
+        store = store.resolve()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "ntk-eos" / hashlib.blake2b(os.fsencode(store.resolve()), digest_size=8).hexdigest()
+    folder = caches / "ntk-eos" / hashlib.blake2b(os.fsencode(store), digest_size=8).hexdigest()
     if not folder.is_dir():
-        log.warning("%s cannot be written: its catalogue is kept in %s", root, folder)
+        if isinstance(store, Path):
+            log.warning("%s cannot be written: its catalogue is kept in %s", root, folder)
         Directory(folder).make()
-    return folder
+    return folder / NAME
 
 
 def _writable(folder: Path) -> bool:
@@ -266,14 +274,14 @@ def _known(path: Path) -> dict[str, str] | None:
 def _fingerprints(root: str | os.PathLike[str], known: Mapping[str, str]) -> dict[str, str]:
     """What the rows of each run depend on. The record of a finished run is not parsed if its bytes did not change."""
     derived = results.files(root)
-    ids = {folder.name.removesuffix(SUFFIX): folder for folder in run_paths(root)}
+    ids = {path.name.removesuffix(SUFFIX): path for path in run_paths(root)}
     return {run_id: _fingerprint(ids[run_id], derived.get(run_id, {}), known.get(run_id, "")) for run_id in sorted(ids)}
 
 
-def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
+def _fingerprint(folder: Location, derived: Mapping[str, Location], known: str) -> str:
     # Its bytes and nothing about its file: a copy of a store is as fresh as the store was.
     try:
-        data = Directory(folder).get(RECORD, limit=RECORD_LIMIT)
+        data = door(folder).get(RECORD, limit=RECORD_LIMIT)
     except MissingError as error:
         raise MissingError(f"{folder} is not a run: it has no {RECORD}") from error
     record = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -282,11 +290,11 @@ def _fingerprint(folder: Path, derived: Mapping[str, Path], known: str) -> str:
     return f"{record} {status} {' '.join(path.name for path in derived.values())}"
 
 
-def _update(root: str | os.PathLike[str], folder: Path) -> None:
+def _update(root: str | os.PathLike[str], path: Path) -> None:
     """Replace the rows of all runs that changed."""
     import pandas as pd
 
-    known = _known(folder / NAME)
+    known = _known(path)
     now = _fingerprints(root, known or {})
     changed = [run_id for run_id in now if known is None or now[run_id] != known.get(run_id)]
     replaced = [*changed, *(known or {}).keys() - now.keys()]
@@ -309,7 +317,7 @@ def _update(root: str | os.PathLike[str], folder: Path) -> None:
                 frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
         frames["sync"].append(tables.frame_of("sync", [synced]))
-    with _next(root, folder) as connection:
+    with _next(root, path) as connection:
         connection.execute("delete from claims")  # verdicts on numbers that have changed
         for name, layout in TABLES.items():
             if layout.columns[0] == tables.RUN_ID:
@@ -335,9 +343,9 @@ def _writing(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 @contextmanager
-def _next(root: str | os.PathLike[str], folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def _next(root: str | os.PathLike[str], path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A private copy of the catalogue, in one transaction; published when the block ends without an error."""
-    directory, path, copy = Directory(folder), folder / NAME, folder / COPY
+    directory, copy = Directory(path.parent), path.with_name(COPY)
     fresh = _known(path) is None
     _discard(directory)  # of a writer that was killed
     try:
@@ -352,7 +360,7 @@ def _next(root: str | os.PathLike[str], folder: Path) -> Iterator[duckdb.DuckDBP
             connection.execute("delete from meta")
             tables.insert(connection, "meta", tables.frame_of("meta", [_meta(root)]))
             connection.commit()
-        directory.publish(Directory(copy), NAME)
+        directory.publish(Directory(copy), path.name)
     finally:
         _discard(directory)
 
@@ -363,6 +371,7 @@ def _discard(directory: Directory) -> None:
 
 
 def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
+    place = location(root)
     try:
         version = metadata.version("ntk-eos")
     except metadata.PackageNotFoundError:
@@ -370,7 +379,7 @@ def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "format_version": schema.FORMAT_VERSION,
         "layout": LAYOUT,
-        "root": str(Path(root).resolve()),
+        "root": os.fspath(place.resolve() if isinstance(place, Path) else place),
         "built_at": datetime.now(UTC).replace(tzinfo=None),
         "package_version": version,
     }
@@ -379,7 +388,7 @@ def _meta(root: str | os.PathLike[str]) -> dict[str, Any]:
 # --- the rows of a run ------------------------------------------------------------------------------------------------
 
 
-def _rows(run: Run, derived: Mapping[str, Path]) -> "dict[str, pd.DataFrame]":
+def _rows(run: Run, derived: Mapping[str, Location]) -> "dict[str, pd.DataFrame]":
     """All that the catalogue says of a run, by table."""
     import pandas as pd
 

@@ -5,10 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
+from zarr.storage import ObjectStore, StorePath
 
 from analysis import catalog
+from pipeline.disk import Objects, door
 from pipeline.errors import InputError, NtkEosError
 from pipeline.store import Run, list_runs
 
@@ -59,7 +62,11 @@ def _whole(path: Path, write: Callable[[Path], None]) -> Path:
 
 def _netcdf(run: Run, path: Path) -> None:
     """The committed rows of a run, read lazily; netCDF attributes know no nesting, so those become JSON text."""
-    tree = xr.open_datatree(run.path, engine="zarr", chunks={})
+    source: Any = run.path
+    place = door(source)
+    if isinstance(place, Objects):
+        source = StorePath(ObjectStore(place.client, read_only=True), source.prefix)
+    tree = xr.open_datatree(source, engine="zarr", chunks={})
 
     def flat(dataset: xr.Dataset) -> xr.Dataset:
         dataset = dataset.assign_attrs({name: _text(value) for name, value in dataset.attrs.items()})

@@ -10,7 +10,6 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,6 +21,7 @@ from analysis.load import shared_level
 from analysis.plots import FIGURES, render
 from analysis.plots.files import write
 from analysis.plots.numbers import LINES, either, frame, lines, words
+from pipeline.disk import Location, location
 from pipeline.errors import NtkEosError
 from pipeline.store import Run, list_runs, stores_of
 
@@ -60,7 +60,7 @@ group by run_id, final_loss
 
 def write_report(
     root: Root, out: Root | None = None, progress: Callable[[float, str], None] = lambda fraction, note: None
-) -> Path:
+) -> Location:
     """Write the report of a store, or of the parts of a study; what is derived is brought up to date first.
 
     Args:
@@ -83,7 +83,7 @@ def write_report(
             progress((done + share) / len(stores), note)
 
         sections.append(_section(store, told))
-    path = Path(root, "report.html") if out is None else Path(out)
+    path = location(root) / "report.html" if out is None else location(out)
     write(path, _page(sections).encode())
     return path
 

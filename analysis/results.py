@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis import evolution
 from analysis.tables import LEADING, at
-from pipeline.disk import Directory
+from pipeline.disk import Door, Location, door, location
 from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.schema import TEST_SCALARS
 from pipeline.store import Run, find_run, list_runs
@@ -160,10 +159,11 @@ def analyze(
     names = list(MEASURES if measures is None else measures)
     for name in names:
         _known(name)
-    before = [path for name in names for path in _files(root, name)]  # listed first: none is of rows newer than `runs`
+    # Listed first: none is of rows newer than `runs`.
+    before = {path for name in names for path in _files(root, name)}
     runs = list_runs(root)
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
-    stale = [(name, run) for name, run in wanted if not _path(root, name, run).exists()]
+    stale = [(name, run) for name, run in wanted if _path(root, name, run) not in before]
     size = 2 * (os.cpu_count() or 1)
     damaged = set()
     for start in range(0, len(stale), size):
@@ -171,9 +171,9 @@ def analyze(
         progress(start / len(stale), f"{name} of {run.run_id}")
         damaged |= _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
-    for path in before:
-        if path not in current:
-            path.unlink(missing_ok=True)
+    for path in before - current:
+        directory, key = _at(path)
+        directory.delete(key)
     states = {(name, run.run_id): "computed" for name, run in stale} | dict.fromkeys(damaged, "damaged")
     return [
         {"run": run.run_id, "measure": name, "state": states.get((name, run.run_id), "fresh")} for name, run in wanted
@@ -197,26 +197,27 @@ def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Datas
     if not _has_input(measure, run):
         groups = " or ".join(MEASURES[measure].groups)
         raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
-    if not _path(root, measure, run).exists() and _compute(root, [(measure, run)]):
+    if not _is_there(_path(root, measure, run)) and _compute(root, [(measure, run)]):
         raise DamagedStore(f"{run.run_id} is damaged: `ntk-eos verify {root} {run.run_id} --deep` says where")
     return read(_path(root, measure, run))
 
 
-def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
+def files(root: str | os.PathLike[str]) -> dict[str, dict[str, Location]]:
     """The newest result of each measure, by run and measure; it may be older than the run's last commit."""
-    newest: dict[str, dict[str, Path]] = {}
+    newest: dict[str, dict[str, Location]] = {}
     for name in MEASURES:
-        for path in sorted(_files(root, name), key=_modified):
+        modified = _files(root, name)
+        for path in sorted(modified, key=modified.__getitem__):
             newest.setdefault(path.name.removesuffix(SUFFIX).rpartition(".")[0], {})[name] = path
     return newest
 
 
 def is_fresh(root: str | os.PathLike[str], run: Run) -> bool:
     """Whether every measure of a run was computed from its rows as they are now."""
-    return all(_path(root, name, run).exists() for name in MEASURES if _has_input(name, run))
+    return all(_is_there(_path(root, name, run)) for name in MEASURES if _has_input(name, run))
 
 
-def read(path: Path) -> "xr.Dataset":
+def read(path: Location) -> "xr.Dataset":
     """A result, in memory.
 
     Raises:
@@ -226,8 +227,8 @@ def read(path: Path) -> "xr.Dataset":
     import xarray as xr
     from zarr.storage import MemoryStore
 
-    directory = Directory(path.parents[2])
-    data = directory.get(path.relative_to(directory.path).as_posix())
+    directory, key = _at(path)
+    data = directory.get(key)
     try:
         entries = _unzipped(data)
         ds = xr.open_zarr(MemoryStore(entries, read_only=True), consolidated=False, chunks=None).load()
@@ -281,8 +282,8 @@ def _compute(root: str | os.PathLike[str], batch: Sequence[tuple[str, Run]]) -> 
     for (name, run), parts in zip(batch, computed, strict=True):
         # Joined in memory: on Dask arrays an outer join along the steps makes a task per row.
         ds = reduce(lambda one, other: one.combine_first(other), parts)
-        key = _path(root, name, run).relative_to(root).as_posix()
-        Directory(root).put(key, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
+        directory, key = _at(_path(root, name, run))
+        directory.put(key, _zipped(ds.assign_attrs(run=run.run_id, measure=name, head=run.head)))
     return set()
 
 
@@ -319,18 +320,24 @@ def _has_input(measure: str, run: Run) -> bool:
     return one.applies(run) and any(run.lengths.get(group) for group in one.groups)
 
 
-def _files(root: str | os.PathLike[str], measure: str) -> list[Path]:
-    return list(Path(root, FOLDER, measure).glob(f"[!.]*{SUFFIX}"))
+def _files(root: str | os.PathLike[str], measure: str) -> dict[Location, float]:
+    """The results of a measure, and when each was written."""
+    store = door(root)
+    entries = store.entries(f"{FOLDER}/{measure}")
+    return {store.path / one.key: one.modified for one in entries if one.key.endswith(SUFFIX)}
 
 
-def _modified(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:  # replaced since it was listed
-        return 0
+def _at(path: Location) -> tuple[Door, str]:
+    """The door of the store that a result is in, and its key there: below the root no link is followed."""
+    return door(path.parent.parent.parent), f"{FOLDER}/{path.parent.name}/{path.name}"
 
 
-def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
+def _is_there(path: Location) -> bool:
+    directory, key = _at(path)
+    return directory.size(key) is not None
+
+
+def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Location:
     """Where the result of a run as it stands now is kept."""
     inputs = {
         "layout": LAYOUT,
@@ -340,4 +347,4 @@ def _path(root: str | os.PathLike[str], measure: str, run: Run) -> Path:
         "parameters": MEASURES[measure].parameters,
     }
     key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return Path(root, FOLDER, measure, f"{run.run_id}.{key}{SUFFIX}")
+    return location(root) / FOLDER / measure / f"{run.run_id}.{key}{SUFFIX}"

@@ -7,7 +7,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from analysis import catalog, results
 from analysis.judge import CHANGES, Judgement, judge_store
@@ -78,4 +77,4 @@ def _changes(judgements: Sequence[Judgement]) -> str:
 
 
 if __name__ == "__main__":
-    print(page(Path(root) for root in sys.argv[1:]))
+    print(page(sys.argv[1:]))

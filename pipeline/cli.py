@@ -26,6 +26,7 @@ from pipeline.errors import NtkEosError, line
 if TYPE_CHECKING:
     from analysis.judge import Judgement
     from pipeline.config import RunConfig, Study
+    from pipeline.disk import Location
     from pipeline.sweep import Outcome
 
 STORES = Path("data/stores")
@@ -76,8 +77,13 @@ def _complete_run(ctx: click.Context, _param: click.Parameter, incomplete: str) 
     root = ctx.params.get("root")
     if root is None:
         return []
-    runs = Path(_existing_root(root), "runs").glob(f"{incomplete}*.zarr")
-    return sorted(path.name.removesuffix(".zarr") for path in runs)
+    from pipeline.store import run_paths
+
+    try:
+        names = [path.stem for path in run_paths(_existing_root(root))]
+    except NtkEosError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def _complete_figure(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
@@ -112,7 +118,7 @@ def _complete_probe(_ctx: click.Context, _param: click.Parameter, incomplete: st
 
 
 def _existing_root(root: str) -> str:
-    """ROOT is a folder, or the name of a store or of a part of one where `run` puts it by default."""
+    """ROOT is a folder, a URL, or the name of a store or of a part of one where `run` puts it by default."""
     named = STORES / root
     return str(named) if not Path(root).exists() and named.is_dir() else root
 
@@ -140,6 +146,15 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
 study_argument = click.argument("name", metavar="STUDY", shell_complete=_complete_study)
 
 
+def _set_catalog(_ctx: click.Context, _param: click.Parameter, file: str | None) -> None:
+    if file is not None:
+        os.environ["NTK_EOS_CATALOG"] = file
+
+
+catalog_option = click.option(
+    "--catalog", metavar="FILE", expose_value=False, callback=_set_catalog, type=click.Path(dir_okay=False),
+    help="Keep the catalogue in this file [default: in ROOT, or in the user's cache for a URL].",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 
@@ -167,6 +182,7 @@ def _load(
 ) -> list[tuple["Study", str]]:
     """The parts of a study, each with the folder of its store."""
     from pipeline.config import load_parts
+    from pipeline.disk import location
 
     studies = load_parts(name, overrides, size)
     known = [study.part for study in studies if study.part]
@@ -178,7 +194,7 @@ def _load(
             raise StudyError(f"--part {part}: not a part of {studies[0].name}; {there}")
     folder = root or str(STORES / "-".join(filter(None, [studies[0].name, studies[0].size])))
     return [
-        (study, str(Path(folder, study.part)) if study.part else folder)
+        (study, str(location(folder) / study.part) if study.part else folder)
         for study in studies
         if not wanted or study.part in wanted
     ]
@@ -190,6 +206,8 @@ def _load(
 @click.pass_context
 def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     """Train the digits study, judge its claims and write its report."""
+    from pipeline.store import run_path
+
     ((study, root),) = _load("digits", (), root, None, ())
     code = _train(study, root, None, quiet)
     if code:
@@ -197,7 +215,7 @@ def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     judgements = _judge(root, quiet)
     _show_claims(judgements, as_json=False)
     path = _write_report(root, None, quiet)
-    run = Path(root, "runs", f"{study.runs()[-1].run_id}.zarr")
+    run = run_path(root, study.runs()[-1].run_id)
     activate = Path(sys.prefix, "bin", "activate")
     first = f"  source {shlex.quote(str(activate))}\n" if not shutil.which("ntk-eos") and activate.exists() else ""
     click.echo(f"""
@@ -263,6 +281,7 @@ def plan(
 @study_options
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
 @click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@catalog_option
 @quiet_option
 @click.pass_context
 def run(
@@ -315,6 +334,8 @@ def study(
 
     Exit 1 if a claim failed, 3 if some runs failed. Each part of a study has a store of its own; the report is of all.
     """
+    from pipeline.disk import location
+
     if listing:
         console.show(_shipped_studies(), as_json=as_json)
         return
@@ -328,7 +349,7 @@ def study(
     judgements = [judgement for _, folder in loaded for judgement in _judge(folder, quiet)]
     _show_claims(judgements, as_json)
     first, folder = loaded[0]
-    path = _write_report(str(Path(folder).parent) if first.part else folder, None, quiet)
+    path = _write_report(str(location(folder).parent) if first.part else folder, None, quiet)
     click.echo(f"\nreport: {path}", err=as_json)
     ctx.exit(code or any(judgement.verdict.verdict == "failed" for judgement in judgements))
 
@@ -379,7 +400,7 @@ def _train_all(loaded: Sequence[tuple["Study", str]], workers: int | None, quiet
 def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
     from pipeline.plan import check_start, plan_runs
-    from pipeline.store import FINAL, check_root, read_run, relabel, run_path
+    from pipeline.store import FINAL, check_root, is_run, read_run, relabel, run_path
     from pipeline.sweep import sweep
 
     _check_training()
@@ -425,7 +446,7 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
         progress.end(_endings(outcomes, root))
     if signals.caught is not None:
         saved = f"what was measured is saved in {root}, the same command goes on from there"
-        measured = any(run_path(root, run.run_id).exists() for run in runs)
+        measured = any(is_run(run_path(root, run.run_id)) for run in runs)
         click.echo(f"interrupted; {saved if measured else 'nothing was measured yet'}", err=True)
         return 128 + signals.caught
     failed = [outcome for outcome in outcomes if outcome.status not in FINAL]
@@ -476,8 +497,9 @@ class _Watch:
 
     def __init__(self, runs: Sequence["RunConfig"], root: str, progress: console.Progress) -> None:
         self._runs = {run.run_id: run for run in runs}
-        self._root, self._progress = Path(root), progress
+        self._root, self._progress = root, progress
         self._done: set[str] = set()
+        self._looked = -math.inf
 
     def ended(self, run_id: str) -> None:
         """Count a run as done."""
@@ -485,11 +507,20 @@ class _Watch:
 
     def update(self) -> None:
         """Show the share of the work done, and the newest step of a run that is under way."""
+        from pipeline.disk import door
+        from pipeline.errors import UnreachableStore
         from pipeline.store import heartbeat, run_path
 
+        now = time.monotonic()
+        if now - self._looked < door(self._root).beat_seconds / 2:
+            return
+        self._looked = now
         share, note = float(len(self._done)), ""
         for run_id in self._runs.keys() - self._done:
-            beat = heartbeat(run_path(self._root, run_id))
+            try:
+                beat = heartbeat(run_path(self._root, run_id))
+            except UnreachableStore:
+                continue  # this is only to show; if it matters, the run itself fails
             if beat.get("status") == "running":
                 share += self._share(self._runs[run_id], beat)
                 note = f"{run_id} at step {beat['last_step']}" + (
@@ -533,7 +564,7 @@ def status(root: str, watch: bool, as_json: bool) -> None:
         click.echo()
 
 
-def _status_row(path: Path) -> dict[str, Any]:
+def _status_row(path: "Location") -> dict[str, Any]:
     from pipeline.schema import GROUPS
     from pipeline.store import read_run
 
@@ -558,6 +589,7 @@ def _status_row(path: Path) -> dict[str, Any]:
 @main.command(epilog=example("ntk-eos analyze digits", "ntk-eos analyze stores/mine --json"))
 @root_argument
 @json_option
+@catalog_option
 @quiet_option
 @click.pass_context
 def analyze(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
@@ -588,6 +620,7 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
 @click.argument("query")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
+@catalog_option
 @quiet_option
 def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None:
     """Query the catalogue of a store, read-only; docs/catalogue.md lists tables and columns."""
@@ -617,16 +650,18 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
 @click.option("--format", "formats", multiple=True, type=click.Choice(["png", "svg"]), default=("png", "svg"),
               show_default=True)  # fmt: skip
 @json_option
+@catalog_option
 @quiet_option
 def plot(
     root: str, figures: Sequence[str], x: str, out: str | None, formats: Sequence[str], as_json: bool, quiet: bool
 ) -> None:
     """Draw the figures of a study (all of them by default) and print their paths."""
     from analysis import plots, studies
+    from pipeline.disk import location
 
     _analyze(root, quiet)
     known = studies.figures(root)
-    folder = out or str(Path(root, "figures"))
+    folder = out or location(root) / "figures"
     paths = plots.draw_figures(root, figures, x=x, folder=folder, formats=formats, figures=known)
     _show_paths(paths, as_json)
 
@@ -640,7 +675,7 @@ def report(root: str, out: str | None, quiet: bool) -> None:
     click.echo(_write_report(root, out, quiet))
 
 
-def _write_report(root: str, out: str | None, quiet: bool) -> Path:
+def _write_report(root: str, out: str | None, quiet: bool) -> "Location":
     from analysis.report import write_report
 
     with console.Progress("writing the report", quiet) as progress:
@@ -650,6 +685,7 @@ def _write_report(root: str, out: str | None, quiet: bool) -> Path:
 @main.command(epilog=example("ntk-eos claims digits", "ntk-eos claims digits --json"))
 @root_argument
 @json_option
+@catalog_option
 @quiet_option
 @click.pass_context
 def claims(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
@@ -768,12 +804,13 @@ def kernel(
         ctx.exit(3 if rows else failed[0].exit_code)
 
 
-def _paths_of_runs(root: str, run_ids: Sequence[str]) -> list[Path]:
+def _paths_of_runs(root: str, run_ids: Sequence[str]) -> "list[Location]":
+    from pipeline.disk import location
     from pipeline.errors import MissingError
-    from pipeline.store import RECORD, find_path, run_paths
+    from pipeline.store import find_path, is_run, run_paths
 
-    if Path(root, RECORD).is_file():
-        return [Path(root)]
+    if is_run(root):
+        return [location(root)]
     paths = [find_path(root, run_id) for run_id in run_ids] or run_paths(root)
     if not paths:
         raise MissingError(f"{root} has no runs")
@@ -791,7 +828,7 @@ def _steps(at: str) -> str | list[int]:
         raise InputError(f"--at {at}: must be final, all or steps, such as 0,100") from None
 
 
-def _replayed(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _replayed(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
     """Compute a kernel of one run; where it lies, and the alignment of its last row."""
     from analysis import alignment, open_run
     from pipeline.replay import replay
@@ -818,6 +855,7 @@ class _Share:
 @click.argument("run_ids", nargs=-1, shell_complete=_complete_run)
 @click.option("--deep", is_flag=True, help="Recompute every digest from the bytes on disk.")
 @json_option
+@catalog_option
 @quiet_option
 @click.pass_context
 def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as_json: bool, quiet: bool) -> None:
@@ -877,7 +915,7 @@ def export(root: str, kind: str, out: str, as_json: bool, quiet: bool) -> None:
         _show_paths(list(export_store(root, kind, out, progress=progress.update)), as_json)
 
 
-def _show_paths(paths: Sequence[Path], as_json: bool) -> None:
+def _show_paths(paths: "Sequence[Location]", as_json: bool) -> None:
     if as_json:
         console.show([{"path": str(path)} for path in paths], as_json=True)
     else:

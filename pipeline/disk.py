@@ -1,5 +1,7 @@
 """The one door to the disk: every file of a store is written, listed, locked and deleted here.
 
+`door(path)` is a `Directory`, or for the URL of an object store `pipeline.objects.Objects`, with the same operations.
+
 A file is complete or absent. `put` writes a hidden temporary file, fsyncs it and only then renames it over the
 old one: a rename before the fsync can leave a committed name pointing at bytes that a power cut took. `sync`
 fsyncs the directories touched since the last call, which makes the renames themselves durable; a commit calls it
@@ -12,23 +14,56 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
+from pipeline.objects import Entry, ObjectLease, Objects, Url, parse_url
+
+__all__ = ["Directory", "Door", "Lease", "Location", "Objects", "door", "location", "refuse_link"]
 
 TEMPORARY = ".tmp-"
+NEW = ".new-"
+CREATING = ".lock"  # held while a folder is built under a hidden name
+
+Location = Path | Url
+
+
+def location(path: str | os.PathLike[str]) -> Location:
+    """A path, or a URL if it looks like one.
+
+    Raises:
+        InputError: for the URL of something else than an object store.
+    """
+    text = os.fspath(path)
+    return parse_url(text) if "://" in text else Path(text)
+
+
+def door(path: str | os.PathLike[str]) -> "Door":
+    """What reads and writes below a folder or a URL; nothing is created or asked for."""
+    place = location(path)
+    return Objects(place) if isinstance(place, Url) else Directory(place)
 
 
 def refuse_link(path: str | os.PathLike[str]) -> None:
-    """Raise DamagedStore for a symbolic link: inside a store it may lead out of it, to be read or written there."""
+    """Raise DamagedStore for a symbolic link: inside a store it may lead out of it, to be read or written there.
+
+    No bucket has any, so a URL is none.
+    """
     if os.path.islink(path):
         raise DamagedStore(f"{path} is a symbolic link, which may lead out of the store: put what it points to there")
 
 
 class Lease:
-    """The right to write one run, held until `release` or the end of the process, however it ends."""
+    """The right to write one run, held until `release` or the end of the process, however it ends.
+
+    Attributes:
+        token: as in `pipeline.objects.ObjectLease`; None, for the kernel gives the lock to one process only.
+    """
+
+    token = None
 
     def __init__(self, handle: int) -> None:
         self._handle: int | None = handle
@@ -38,6 +73,10 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def still_held(self) -> bool:
+        """Whether it was not given back; nobody can take it."""
+        return self._handle is not None
 
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
@@ -49,7 +88,14 @@ class Lease:
 
 
 class Directory:
-    """Keys (relative paths with `/`) and their bytes below one folder of a local POSIX file system."""
+    """Keys (relative paths with `/`) and their bytes below one folder of a local POSIX file system.
+
+    Attributes:
+        path: the folder.
+        beat_seconds: a heartbeat is due so often; more would cost more than it tells.
+    """
+
+    beat_seconds = 1.0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -143,12 +189,43 @@ class Directory:
         """Whether a file or folder of that key is there."""
         return self._file(key).exists()
 
+    def is_there(self) -> bool:
+        """Whether the folder itself is there."""
+        return self.path.is_dir()
+
+    def check_writable(self) -> None:
+        """Refuse a folder that could not be created or written; nothing is created.
+
+        Raises:
+            InputError: saying which of its parents is in the way.
+        """
+        there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise InputError(f"cannot create {self.path}: {there} is a file; choose a folder you may write")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"cannot create {self.path}: {there} cannot be written; choose a folder you may write")
+
     def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none."""
         try:
             return self._file(key).stat().st_size
         except OSError:
             return None
+
+    def entries(self, prefix: str = "", *, hidden: bool = False) -> Iterator[Entry]:
+        """All files below `prefix`, sorted; hidden names (temporary files) only if asked for.
+
+        Raises:
+            DamagedStore: if one of them is a symbolic link.
+        """
+        for key in self.list(prefix, hidden=hidden):
+            file = self.path / key
+            refuse_link(file)
+            try:
+                facts = file.stat()
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+            yield Entry(key, facts.st_size, facts.st_mtime)
 
     def list(self, prefix: str = "", *, hidden: bool = False) -> Iterator[str]:
         """Keys of all files below `prefix`, sorted; hidden names (temporary files) only if asked for."""
@@ -159,13 +236,18 @@ class Directory:
                 if hidden or not name.startswith("."):
                     yield Path(folder, name).relative_to(self.path).as_posix()
 
+    def folders(self, marks: tuple[str, ...]) -> Sequence[str]:
+        """Names of the visible folders directly below; each came with its mark, by one rename."""
+        return sorted(path.name for path in self.path.glob("[!.]*") if path.is_dir())
+
     def delete(self, key: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""
         target = self._file(key)
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target, ignore_errors=True)
         else:
-            target.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                target.unlink()
 
     def sweep(self) -> None:
         """Remove the temporary files that killed writers left behind. Only the holder of the lease may call this."""
@@ -181,6 +263,45 @@ class Directory:
         os.rename(built.path, self._file(name))
         self._touched.add(self.path)
         self.sync()
+
+    def claim(
+        self, name: str, build: "Callable[[Directory], None]", *, marks: tuple[str, ...], lease: str, note: bytes
+    ) -> tuple["Directory", Lease, bool]:
+        """Become the single writer of the folder `name`, which is built first if it is not there.
+
+        It is built under a hidden name and renamed in. The lease is taken in the hidden folder and travels with it, so
+        the folder is never visible without a writer.
+
+        Args:
+            name: which folder.
+            build: writes all files of a new folder.
+            marks: what a folder that is there has one of; here the rename says so.
+            lease: file of the lease in the folder.
+            note: who asks.
+
+        Returns:
+            The folder, the lease, and whether it is new.
+
+        Raises:
+            RunLocked: if another process holds the lease.
+        """
+        folder = Directory(self.path / name)
+        with self.lease(CREATING, note, wait=True):
+            # Nobody else creates now, so half-made folders are a killed writer's.
+            for left in self.path.glob(f"{NEW}*"):
+                self.delete(left.name)
+            if not self.exists(name):
+                hidden = Directory(self.path / f"{NEW}{uuid.uuid4().hex}-{name}")
+                hidden.make()
+                held = hidden.lease(lease, note)
+                try:
+                    build(hidden)
+                    self.publish(hidden, name)
+                except BaseException:
+                    held.release()
+                    raise
+                return folder, held, True
+        return folder, folder.lease(lease, note), False
 
     def lease(self, key: str, note: bytes, *, wait: bool = False) -> Lease:
         """Become the single writer: lock the file `key` and leave `note` in it for whoever is refused.
@@ -221,6 +342,10 @@ class Directory:
         finally:
             os.close(handle)
         return False
+
+
+Door = Directory | Objects
+AnyLease = Lease | ObjectLease
 
 
 def _lock_now(handle: int, name: str) -> None:

@@ -5,7 +5,8 @@
     |   `-- StudyError          2   a key of a study file
     |-- MissingError            4   a root, a run, a row or a table that is not there
     |-- RunLocked               5   a run that another process is writing
-    `-- DamagedStore            1   bytes of a store that are not what was committed
+    |-- DamagedStore            1   bytes of a store that are not what was committed
+    `-- UnreachableStore        1   an object store that does not answer, or refuses
 
 A message says what was wrong, the value got, what is allowed and how to mend it, on one line.
 """
@@ -49,3 +50,7 @@ class RunLocked(NtkEosError):
 
 class DamagedStore(NtkEosError):
     """A store holds bytes that are not what was committed."""
+
+
+class UnreachableStore(NtkEosError):
+    """An object store did not answer, or refused the request."""

@@ -139,7 +139,8 @@ REQUIRED: dict[str, tuple[Check, str]] = {
 }
 OPTIONAL: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(
-        ("title", "study", "study_source", "paper", "family", "loss_convention", "Conventions"), (_is_text, "text")
+        ("title", "study", "study_source", "paper", "family", "loss_convention", "Conventions", "lease"),
+        (_is_text, "text"),
     ),
     **dict.fromkeys(("claims", "overrides", "environment_changes"), (_list_of(_is_text), "a list of texts")),
     **dict.fromkeys(("stop", "provenance"), (_is_table, "a table")),

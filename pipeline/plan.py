@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from pipeline.cadence import row_capacity
 from pipeline.config import File, Imported, Record, RunConfig, StochasticGradientDescent, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
 from pipeline.data import load_data, load_test, needs_download
-from pipeline.disk import Directory
+from pipeline.disk import door
 from pipeline.errors import InputError
-from pipeline.store import FINAL, LEASE, RECORD, Run, chain_seed, read_run, run_path
+from pipeline.store import FINAL, LEASE, Run, chain_seed, is_run, read_run, run_path
 
 TIMED_STEPS = 40
 # What a worker process needs until its first step, which is mostly the import of torch: 2 to 3 s were measured.
@@ -182,7 +181,7 @@ def _check_record(record: Record, samples: int, outputs: int, parameters: int | 
 def _state(config: RunConfig, root: str) -> tuple[str, int]:
     """How a run stands, and its newest step."""
     path = run_path(root, config.run_id)
-    if not Path(path, RECORD).exists():
+    if not is_run(path):
         return "new", 0
     run = read_run(path)
     last = run.attrs["last_step"] or 0
@@ -226,7 +225,7 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
     runs = [one.config for one in planned]
     first = runs[0]
     if all(one.state == "running" for one in planned):
-        with Directory(run_path(root, first.run_id)).lease(LEASE, b"a check"):
+        with door(run_path(root, first.run_id)).lease(LEASE, b"a check"):
             pass  # its writer has ended meanwhile
     device = first.compute.device
     if device != "cpu" and all(run.compute.device == device for run in runs):

@@ -43,7 +43,6 @@ from pipeline.provenance import environment_changes, provenance
 from pipeline.spectra import NonFiniteKernel
 from pipeline.store import FINAL, NonFiniteRow, Writer, blake
 
-HEARTBEAT_SECONDS = 1.0
 MEMORY_BUDGET = 256 * 2**20
 DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
 GROUPS = (*DEFAULT_CADENCES, "hessian")
@@ -352,7 +351,7 @@ class Recorder:
         first = writer.attrs["commits"] == 0
         if first or last or now - self._committed > self._commit_seconds or writer.pending_bytes > MEMORY_BUDGET:
             self._commit(step, loss=loss, steps=self.steps)
-        elif now - self._beat > HEARTBEAT_SECONDS:
+        elif now - self._beat > writer.directory.beat_seconds:
             writer.heartbeat("running", loss=loss, steps=self.steps)
             self._beat = now
         if last:

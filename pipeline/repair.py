@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.disk import TEMPORARY, Directory
-from pipeline.errors import NtkEosError, RunLocked
-from pipeline.store import CREATING, LEASE, NEW, Run, find_path, holder, read_run, run_paths, runs_directory
+from pipeline.disk import CREATING, NEW, TEMPORARY, Directory, Location
+from pipeline.errors import InputError, NtkEosError, RunLocked
+from pipeline.store import LEASE, Run, find_path, holder, read_run, run_paths, runs_directory
 from pipeline.verify import verify
 
 CHUNK = re.compile(r"c(\.[0-9]+)+")
@@ -32,7 +31,7 @@ class Debris:
         what: what it is, or why the run is left alone.
     """
 
-    path: Path
+    path: Location
     size: int | None
     what: str
 
@@ -51,9 +50,14 @@ def repair_root(root: str | os.PathLike[str], run_ids: Iterable[str] = (), *, ap
 
     Raises:
         MissingError: if there is no store, or no run of that name.
-        InputError: if the root is not a store.
+        InputError: if the root is not a store, or is on an object store.
     """
     runs = runs_directory(root)
+    if not isinstance(runs, Directory):
+        raise InputError(
+            f"{root} is on an object store, of which repair removes nothing: a writer whose lease ran out may still "
+            "commit the rows that look like debris, and a run that goes on replaces what its killed writer left"
+        )
     paths = [find_path(root, run_id) for run_id in run_ids]
     found = [] if paths else _half_made(runs, apply)
     for path in paths or run_paths(root):
@@ -83,7 +87,7 @@ def _bytes(directory: Directory) -> int:
     return sum(directory.size(key) or 0 for key in directory.list(hidden=True))
 
 
-def _repair_run(path: Path, apply: bool) -> list[Debris]:
+def _repair_run(path: Location, apply: bool) -> list[Debris]:
     directory = Directory(path)
     if not apply and directory.leased(LEASE):
         raise RunLocked("another process writes it")
@@ -92,10 +96,10 @@ def _repair_run(path: Path, apply: bool) -> list[Debris]:
         damage = next((problem for problem in verify(run) if problem.damage), None)
         if damage:
             return [Debris(path, None, f"left alone: {damage.where}: {damage.what}")]
-        found = [Debris(path / key, directory.size(key) or 0, what) for key, what in _debris(run)]
-        for debris in found if apply else ():
-            directory.delete(debris.path.relative_to(path).as_posix())
-    return found
+        found = {key: Debris(path / key, directory.size(key) or 0, what) for key, what in _debris(run)}
+        for key in found if apply else ():
+            directory.delete(key)
+    return list(found.values())
 
 
 def _debris(run: Run) -> Iterator[tuple[str, str]]:

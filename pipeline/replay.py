@@ -31,14 +31,14 @@ from torch import nn
 from pipeline import schema, zarr3
 from pipeline.config import File, Imported, RunConfig, config_of
 from pipeline.data import load_data, read_arrays
-from pipeline.disk import Directory
+from pipeline.disk import Location, door
 from pipeline.errors import InputError, MissingError
 from pipeline.kernels import KERNELS
 from pipeline.measure import KernelChoice, Measure, named, trained_names
 from pipeline.models import build_model
 from pipeline.provenance import provenance
 from pipeline.record import MEMORY_BUDGET, Probe
-from pipeline.store import FINAL, RECORD, Run, Writer, blake, chain_seed, read_run, run_path
+from pipeline.store import FINAL, Run, Writer, blake, chain_seed, is_run, read_run, run_path
 from pipeline.train import computing, find_device
 
 FOLDER = Path("analysis", "kernel")
@@ -61,7 +61,7 @@ class _Examples:
 
 
 def replay(
-    run: str | Path,
+    run: str | Location,
     *,
     kernel: KernelChoice = "ntk",
     probe: str | Path | Probe = "test",
@@ -70,7 +70,7 @@ def replay(
     model: nn.Module | None = None,
     allow_imports: bool = False,
     progress: Callable[[float, str], None] = lambda fraction, note: None,
-) -> Path:
+) -> Location:
     """Measure a kernel of a recorded run at its snapshots, on its own or on other examples.
 
     Args:
@@ -187,13 +187,15 @@ def _rest(source: Run, config: RunConfig | None, own: Mapping[str, NDArray[Any]]
     return {name: array.astype(own[name].dtype) for name, array in found.items()}
 
 
-def _is_done(path: Path, source: Run, identity: dict[str, Any], examples: _Examples, rows: Mapping[int, int]) -> bool:
+def _is_done(
+    path: Location, source: Run, identity: dict[str, Any], examples: _Examples, rows: Mapping[int, int]
+) -> bool:
     """Whether the result is there; one of an earlier state of the run is removed."""
-    if not (path / RECORD).exists():
+    if not is_run(path):
         return False
     found = read_run(path)
     if found.attrs["seed_digest"] != chain_seed(zarr3.as_stored(identity), examples.arrays).hex():
-        Directory(path.parent).delete(path.name)
+        door(path.parent).delete(path.name)
         return False
     closed = found.attrs["status"] in FINAL or source.attrs["status"] not in FINAL
     return closed and found.attrs["last_step"] == max(rows.values())
@@ -256,7 +258,7 @@ def _check_predictions(source: Run, model: nn.Module, row: int, x: torch.Tensor)
 
 
 def _measure_into(
-    root: Path,
+    root: Location,
     source: Run,
     model: nn.Module,
     identity: dict[str, Any],

@@ -2,7 +2,8 @@
 
 The root `zarr.json` of a run is its commit record. It names the committed length of every array, the head of the
 digest chain and the checkpoint that belongs to it, and it is replaced in one atomic step after everything it names
-is durable. A kill at any moment therefore leaves the last commit whole and nothing of the next one visible.
+is durable. A kill at any moment therefore leaves the last commit whole and nothing of the next one visible. All of it
+goes through `pipeline.disk.door`, so a root may be a folder or the URL of an object store.
 
     row digest   blake2b-128 over (group, name, dtype, shape, bytes) of the row's variables
     head         blake2b-128(head, row digest), rows in order of (step, group),
@@ -17,31 +18,29 @@ import math
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
-from pipeline.disk import Directory, Lease, refuse_link
-from pipeline.errors import DamagedStore, InputError, MissingError, NtkEosError
+from pipeline.disk import AnyLease, Door, Location, door, location, refuse_link
+from pipeline.errors import DamagedStore, InputError, MissingError, NtkEosError, RunLocked
 from pipeline.guard import check_record, check_run_id, is_number
 from pipeline.schema import Variable
 from pipeline.zarr3 import Document
 
 RUNS = "runs"
 SUFFIX = ".zarr"
-NEW = ".new-"
 RECORD = "zarr.json"
 LEASE = "LEASE"
-CREATING = ".lock"
 HEARTBEAT = "run.json"
+# One of these is in the folder of every run, also where the record has been lost.
+MARKS = (RECORD, HEARTBEAT)
 FINAL = ("complete", "diverged")
 RECORD_LIMIT = 64 * 2**20
 UNCHECKED_BYTES = 256 * 2**20
@@ -78,35 +77,37 @@ def chain_seed(identity: Document, probe: Mapping[str, NDArray[Any]]) -> bytes:
     return blake(zarr3.to_json(identity), row_digest("probe", rows, probe))
 
 
-def runs_directory(root: str | os.PathLike[str]) -> Directory:
+def runs_directory(root: str | os.PathLike[str]) -> Door:
     """The `runs/` folder of an existing store.
 
     Raises:
         MissingError: if the root does not exist.
         InputError: if it exists and is not a store.
     """
-    if not Path(root).exists():
-        raise MissingError(f"{root} does not exist; `ntk-eos run STUDY --out {root}` would create it")
-    if not Path(root, RUNS).is_dir():
+    runs = door(location(root) / RUNS)
+    if not runs.is_there():
+        if not door(root).is_there():
+            raise MissingError(f"{root} does not exist; `ntk-eos run STUDY --out {root}` would create it")
         if parts := parts_of(root):
             names = ", ".join(part.name for part in parts)
             raise InputError(f"{root} holds a store for each part of a study ({names}): give one, as in {parts[0]}")
         raise InputError(f"{root} is not a store: it has no folder {RUNS!r}; give the folder that `run --out` wrote")
-    refuse_link(Path(root, RUNS))
-    return Directory(Path(root, RUNS))
+    refuse_link(runs.path)
+    return runs
 
 
-def parts_of(root: str | os.PathLike[str]) -> list[Path]:
-    """The stores of the parts of a study below a folder; none if the folder is a store itself."""
-    folder = Path(root)
-    if (folder / RUNS).is_dir():
+def parts_of(root: str | os.PathLike[str]) -> list[Location]:
+    """The stores of the parts of a study below a folder or a URL; none if that is a store itself."""
+    folder = door(root)
+    if door(folder.path / RUNS).is_there():
         return []
-    return sorted(path.parent for path in folder.glob(f"[!.]*/{RUNS}") if path.is_dir())
+    parts = [folder.path / name for name in folder.folders((RUNS,))]
+    return [part for part in parts if door(part / RUNS).is_there()]
 
 
-def stores_of(root: str | os.PathLike[str]) -> list[Path]:
+def stores_of(root: str | os.PathLike[str]) -> list[Location]:
     """The stores that a command on all parts of a study is about: those below the folder, or the folder itself."""
-    return parts_of(root) or [Path(root)]
+    return parts_of(root) or [location(root)]
 
 
 def check_root(root: str | os.PathLike[str]) -> None:
@@ -115,33 +116,29 @@ def check_root(root: str | os.PathLike[str]) -> None:
     Raises:
         InputError: if the folder cannot be written, or holds something else than a store.
     """
-    path = Path(root)
+    runs = door(location(root) / RUNS)
     if parts := parts_of(root):
         raise InputError(f"{root} holds the stores of {len(parts)} parts of a study: choose another folder")
-    if path.is_dir() and not (path / RUNS).is_dir() and any(path.iterdir()):
+    if not runs.is_there() and next(door(root).list(hidden=True), None) is not None:
         raise InputError(f"{root} is not a store and not empty: choose a new folder, or one that `run --out` wrote")
-    there = next(folder for folder in ((path / RUNS).absolute(), *(path / RUNS).absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise InputError(f"cannot create {path / RUNS}: {there} is a file; choose a folder you may write")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot create {path / RUNS}: {there} cannot be written; choose a folder you may write")
+    runs.check_writable()
 
 
-def open_root(root: str | os.PathLike[str]) -> Directory:
+def open_root(root: str | os.PathLike[str]) -> Door:
     """The `runs/` folder of a store, created if absent.
 
     Raises:
         InputError: if the folder cannot be written, or holds something else than a store.
     """
     check_root(root)
-    runs = Directory(Path(root, RUNS))
+    runs = door(location(root) / RUNS)
     runs.make()
     return runs
 
 
-def run_path(root: str | os.PathLike[str], run_id: str) -> Path:
+def run_path(root: str | os.PathLike[str], run_id: str) -> Location:
     """Where a run of a store lies."""
-    return Path(root, RUNS, run_id + SUFFIX)
+    return location(root) / RUNS / (run_id + SUFFIX)
 
 
 # What a heartbeat may say; an entry of another type is as good as none.
@@ -152,11 +149,16 @@ SAID = {
 }  # fmt: skip
 
 
-def heartbeat(path: Path) -> Document:
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a run has been created there."""
+    return door(path).size(RECORD) is not None
+
+
+def heartbeat(path: Location) -> Document:
     """What the writer of a run last said of itself; empty if that file is not there or unreadable."""
     try:
-        beat = json.loads(Directory(path).get(HEARTBEAT, limit=2**20))
-    except (NtkEosError, ValueError, RecursionError):
+        beat = json.loads(door(path).get(HEARTBEAT, limit=2**20))
+    except (MissingError, InputError, DamagedStore, ValueError, RecursionError):
         return {}
     return {name: value for name, value in beat.items() if _is_said(name, value)} if isinstance(beat, dict) else {}
 
@@ -173,11 +175,11 @@ class Run:
     """One run as its commit record describes it; the arrays are not opened.
 
     Attributes:
-        path: folder of the run.
+        path: folder of the run, or its URL.
         document: the root `zarr.json`.
     """
 
-    path: Path
+    path: Location
     document: Document = field(repr=False)
 
     @property
@@ -210,7 +212,7 @@ class Run:
         """complete, diverged, running, interrupted, failed, or stale (unfinished, and nobody writes it)."""
         if self.attrs["status"] in FINAL:
             return self.attrs["status"]
-        if Directory(self.path).leased(LEASE):
+        if door(self.path).leased(LEASE):
             return "running"
         said = self.heartbeat.get("status")
         return said if said in ("interrupted", "failed") else "stale"
@@ -246,7 +248,7 @@ class Run:
             low, high = index[0] * chunks[0], min((index[0] + 1) * chunks[0], shape[0])
             key = f"{name}/{zarr3.chunk_key(index)}"
             try:
-                data = Directory(self.path).get(key, limit=math.prod(chunks) * out.itemsize + zarr3.OVERHEAD)
+                data = door(self.path).get(key, limit=math.prod(chunks) * out.itemsize + zarr3.OVERHEAD)
                 chunk = zarr3.decode(data, out.dtype, chunks)
             except DamagedStore as error:
                 raise DamagedStore(f"{self.path / key}: {error}") from error
@@ -268,7 +270,7 @@ class Run:
         if wanted <= UNCHECKED_BYTES:
             return
         files = (
-            Directory(self.path).size(f"{name}/{zarr3.chunk_key((start // chunks[0] + offset, *others))}")
+            door(self.path).size(f"{name}/{zarr3.chunk_key((start // chunks[0] + offset, *others))}")
             for offset, *others in zarr3.grid((stop - start // chunks[0] * chunks[0], *shape[1:]), tuple(chunks))
         )
         held = zarr3.MOST_EXPANSION * sum(size or 0 for size in files)
@@ -284,9 +286,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         DamagedStore: if the record is not what was committed.
         InputError: if it was written by a newer version of the format.
     """
-    folder = Path(path)
+    folder = location(path)
     try:
-        data = Directory(folder).get(RECORD, limit=RECORD_LIMIT)
+        data = door(folder).get(RECORD, limit=RECORD_LIMIT)
     except MissingError as error:
         raise MissingError(f"{folder} is not a run: it has no {RECORD}") from error
     try:
@@ -310,9 +312,10 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, document)
 
 
-def run_paths(root: str | os.PathLike[str]) -> list[Path]:
+def run_paths(root: str | os.PathLike[str]) -> list[Location]:
     """Where the runs of a root lie, by name; their records are not read."""
-    paths = sorted(path for path in runs_directory(root).path.glob(f"[!.]*{SUFFIX}") if path.is_dir())
+    runs = runs_directory(root)
+    paths = [runs.path / name for name in runs.folders(MARKS) if name.endswith(SUFFIX)]
     for path in paths:
         refuse_link(path)
     return paths
@@ -332,7 +335,7 @@ def find_run(root: str | os.PathLike[str], run_id: str) -> Run:
     return read_run(find_path(root, run_id))
 
 
-def find_path(root: str | os.PathLike[str], run_id: str) -> Path:
+def find_path(root: str | os.PathLike[str], run_id: str) -> Location:
     """Where the run lies that `find_run` would read.
 
     Raises:
@@ -401,7 +404,7 @@ class Writer:
         pending_bytes: memory that uncommitted rows hold.
     """
 
-    def __init__(self, directory: Directory, lease: Lease, run: Run) -> None:
+    def __init__(self, directory: Door, lease: AnyLease, run: Run) -> None:
         self.directory = directory
         self._lease = lease
         self._attrs = dict(run.attrs)
@@ -463,38 +466,27 @@ class Writer:
         identity, attrs = zarr3.as_stored(identity), zarr3.as_stored(attrs)
         seed = chain_seed(identity, probe)
         planned = _planned(groups, dims, dtype, zarr3.as_stored(dict(attributes or {})))
-        name = run_id + SUFFIX
-        with runs.lease(CREATING, holder(), wait=True):
-            # Nobody else creates now, so half-made folders are a killed writer's.
-            for hidden in runs.path.glob(f"{NEW}*"):
-                runs.delete(hidden.name)
-            if not runs.exists(name):
-                fresh = {
-                    **attrs,
-                    "run": run_id,
-                    "identity": identity,
-                    "format_version": schema.FORMAT_VERSION,
-                    "Conventions": schema.CONVENTIONS,
-                    "seed_digest": seed.hex(),
-                    "head": seed.hex(),
-                    "status": "running",
-                    "stop_reason": None,
-                    "commits": 0,
-                    "last_step": None,
-                    "checkpoint": None,
-                }
-                lease = _create(runs, name, fresh, planned, probe)
-                directory = Directory(runs.path / name)
-                try:
-                    return cls(directory, lease, read_run(directory.path))._reserve(capacity)
-                except BaseException:
-                    lease.release()
-                    raise
-        directory = Directory(runs.path / name)
-        lease = directory.lease(LEASE, holder())
+        fresh = {
+            **attrs,
+            "run": run_id,
+            "identity": identity,
+            "format_version": schema.FORMAT_VERSION,
+            "Conventions": schema.CONVENTIONS,
+            "seed_digest": seed.hex(),
+            "head": seed.hex(),
+            "status": "running",
+            "stop_reason": None,
+            "commits": 0,
+            "last_step": None,
+            "checkpoint": None,
+        }
+        build = partial(_build, attrs=fresh, arrays=planned, probe=probe)
+        directory, lease, new = runs.claim(run_id + SUFFIX, build, marks=MARKS, lease=LEASE, note=holder())
         try:
             directory.sweep()
             run = read_run(directory.path)
+            if new:
+                return cls(directory, lease, run)._reserve(capacity)
             if run.attrs["seed_digest"] != seed.hex():
                 raise InputError(
                     f"run {run_id} in {root} was recorded on other data: write to another root, "
@@ -507,7 +499,10 @@ class Writer:
                     f"run {run_id} in {root} was recorded with other variables or shapes ({other}): write to another "
                     f"root, or remove {directory.path}"
                 )
-            return writer if writer.status in FINAL else writer._reserve(capacity)
+            if writer.status in FINAL:
+                return writer
+            writer._fence()
+            return writer._reserve(capacity)
         except BaseException:
             lease.release()
             raise
@@ -642,7 +637,8 @@ class Writer:
             "elapsed": time.monotonic() - self._started,
             **facts,
         }
-        self.directory.put(HEARTBEAT, zarr3.to_json(beat), durable=False)
+        if self._lease.still_held():  # it is the new holder's otherwise
+            self.directory.put(HEARTBEAT, zarr3.to_json(beat), durable=False)
 
     def close(self) -> None:
         """Give the run back to whoever wants to write it; rows that were not committed are lost."""
@@ -653,6 +649,8 @@ class Writer:
         """Once a publication has failed it is unknown which record is out: only opening the run again can tell."""
         if self._broken:
             raise NtkEosError(f"an earlier commit of {self.directory.path} failed: open the run again to go on")
+        if not self._lease.still_held():
+            raise RunLocked(f"{self.directory.path} was taken over by another process, as its lease was not renewed")
         self._broken = True
         yield
         self._broken = False
@@ -668,6 +666,17 @@ class Writer:
                 self.directory.put(key, zarr3.to_json(document))
             self.directory.sync()
         self._attrs, self._lengths = attrs, lengths
+
+    def _fence(self) -> None:
+        """Where a lease can run out, replace the record: whoever held the lease before can then publish nothing more.
+
+        That writer may still run. A PUT of the record names the version that it replaces, and its own is gone now.
+        """
+        if self._lease.token is not None:
+            self._attrs["lease"] = self._lease.token
+            root, _ = _documents(self._attrs, self._arrays, self._lengths, self._static)
+            self.directory.put(RECORD, zarr3.to_json(root))
+            self.directory.sync()
 
     def _reserve(self, capacity: Mapping[str, int]) -> Self:
         """Plan for at least so many rows; the committed length is all that readers see."""
@@ -701,7 +710,7 @@ def relabel(run: Run, attrs: Document) -> None:
     attrs = zarr3.as_stored(attrs)
     if attrs == {name: run.attrs.get(name) for name in attrs}:
         return
-    directory = Directory(run.path)
+    directory = door(run.path)
     with directory.lease(LEASE, holder()) as lease:
         run = read_run(run.path)
         elapsed = run.heartbeat.get("elapsed")
@@ -758,46 +767,30 @@ def _documents(
     return root, groups
 
 
-def _create(
-    runs: Directory,
-    name: str,
-    attrs: Document,
-    arrays: Mapping[str, list[_Array]],
-    probe: Mapping[str, NDArray[Any]],
-) -> Lease:
-    """Build the empty run under a hidden name and rename it in.
-
-    The lease is taken in the hidden folder and travels with the rename, so a run is never visible without a writer
-    before its first commit.
-    """
-    hidden = Directory(runs.path / f"{NEW}{uuid.uuid4().hex}-{name}")
-    hidden.make()
-    lease = hidden.lease(LEASE, holder())
+def _build(
+    directory: Door, *, attrs: Document, arrays: Mapping[str, list[_Array]], probe: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write an empty run; its record, which makes it one, comes last."""
+    for array in (array for members in arrays.values() for array in members):
+        directory.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
+    children = {
+        name: _write_static(directory, f"probe/{name}", (schema.PROBE | schema.TEST_PROBE)[name], values)
+        for name, values in probe.items()
+    }
+    directory.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
+    static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
+    root, records = _documents(attrs, arrays, dict.fromkeys(arrays, 0), static)
     try:
-        for array in (array for members in arrays.values() for array in members):
-            hidden.put(f"{array.name}/{RECORD}", zarr3.to_json(array.document(0)))
-        children = {
-            name: _write_static(hidden, f"probe/{name}", (schema.PROBE | schema.TEST_PROBE)[name], values)
-            for name, values in probe.items()
-        }
-        hidden.put(f"probe/{RECORD}", zarr3.to_json(zarr3.group_document({}, children)))
-        static = {"probe": zarr3.group_document({})} | {f"probe/{name}": node for name, node in children.items()}
-        root, records = _documents(attrs, arrays, dict.fromkeys(arrays, 0), static)
-        try:
-            check_record(root)
-        except DamagedStore as error:
-            raise InputError(f"run {attrs['run']} cannot be recorded: {error}") from error
-        for group, document in records.items():
-            hidden.put(f"{group}/{RECORD}", zarr3.to_json(document))
-        hidden.put(RECORD, zarr3.to_json(root))
-        runs.publish(hidden, name)
-    except BaseException:
-        lease.release()
-        raise
-    return lease
+        check_record(root)
+    except DamagedStore as error:
+        raise InputError(f"run {attrs['run']} cannot be recorded: {error}") from error
+    for group, document in records.items():
+        directory.put(f"{group}/{RECORD}", zarr3.to_json(document))
+    directory.sync()
+    directory.put(RECORD, zarr3.to_json(root))
 
 
-def _write_static(directory: Directory, name: str, variable: Variable, values: NDArray[Any]) -> Document:
+def _write_static(directory: Door, name: str, variable: Variable, values: NDArray[Any]) -> Document:
     features = values.ndim - len(variable.dims)
     dims = variable.dims + (("feature",) if features == 1 else tuple(f"feature_{axis}" for axis in range(features)))
     chunks = schema.chunk_shape(

@@ -18,7 +18,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.errors import NtkEosError
+from pipeline.errors import InputError, NtkEosError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.5
@@ -72,7 +72,12 @@ def sweep(
         attrs: further root attributes of each run.
         workers: runs at a time; `default_workers` by default.
         on_poll: called about twice a second, for progress displays; True asks the sweep to stop.
+
+    Raises:
+        InputError: for a root in the memory of this process.
     """
+    if root.startswith("memory://"):
+        raise InputError(f"{root} is in the memory of one process, and runs are trained in others: give a folder")
     waiting = list(runs)
     for _ in range(ATTEMPTS):
         if waiting:

@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from pipeline import schema, zarr3
-from pipeline.disk import Directory
-from pipeline.errors import DamagedStore, InputError, NtkEosError
+from pipeline.disk import Directory, Location, door
+from pipeline.errors import DamagedStore, InputError, MissingError
 from pipeline.store import (
     FINAL,
     HEARTBEAT,
@@ -40,6 +39,8 @@ from pipeline.zarr3 import Document
 CHECKPOINTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
 # A writer commits every few seconds, so a run that stands still for one of these looks is judged.
 LOOKS = 5
+# What is wrong with the bytes, and not with the way to them.
+UNREADABLE = (MissingError, InputError, DamagedStore)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def verify_root(
     Raises:
         MissingError: if there is no store, or no run of that name.
         InputError: if the root is not a store.
+        UnreachableStore: if an object store does not answer, which says nothing of what it holds.
     """
     paths = [find_path(root, run_id) for run_id in run_ids] or run_paths(root)
     problems: list[Problem] = []
@@ -86,12 +88,12 @@ def verify_root(
         except InputError as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), "install that version to verify it", False))
             continue
-        except NtkEosError as error:
+        except (MissingError, DamagedStore) as error:
             problems.append(Problem(f"{path.stem}/{RECORD}", str(error), _mend(path)))
             continue
         try:
             problems += verify(run, deep, progress=partial(_share, progress, number, len(paths), path.stem))
-        except NtkEosError as error:
+        except UNREADABLE as error:
             problems.append(Problem(run.run_id, str(error), _mend(path)))
     return problems
 
@@ -115,7 +117,7 @@ def verify(run: Run, deep: bool = False, *, progress: Callable[[float], None] = 
     return list({problem.where: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def _mend(path: Path) -> str:
+def _mend(path: Location) -> str:
     return (
         f"restore it from a copy of the store, or delete {path} and run its study again: it is recorded with the same "
         "numbers"
@@ -158,13 +160,13 @@ def _checkpoint(run: Run, deep: bool) -> Iterator[Problem]:
     entry = run.attrs["checkpoint"]
     if entry is None:
         return
-    directory, where = Directory(run.path), f"{run.run_id}/{entry['name']}"
+    directory, where = door(run.path), f"{run.run_id}/{entry['name']}"
     if directory.size(entry["name"]) is None:
         yield Problem(where, "the checkpoint of the last commit does not exist", _mend(run.path))
     elif deep:
         try:
             digest = blake(directory.get(entry["name"])).hex()
-        except NtkEosError as error:
+        except UNREADABLE as error:
             yield Problem(where, str(error), _mend(run.path))
         else:
             if digest != entry["digest"]:
@@ -185,8 +187,8 @@ def _copies(run: Run) -> Iterator[Problem]:
         documents = {f"{group}/{name}": node for name, node in nodes.items()}
         for key, expected in {**documents, group: zarr3.group_document(attrs, nodes)}.items():
             try:
-                found = json.loads(Directory(run.path).get(f"{key}/{RECORD}"))
-            except (NtkEosError, ValueError, RecursionError) as error:
+                found = json.loads(door(run.path).get(f"{key}/{RECORD}"))
+            except (*UNREADABLE, ValueError, RecursionError) as error:
                 yield Problem(f"{run.run_id}/{key}/{RECORD}", str(error), _mend(run.path))
                 continue
             if growing and not final:
@@ -226,12 +228,12 @@ def _chunks(node: Document) -> tuple[int, ...]:
 
 def _missing(run: Run) -> Iterator[Problem]:
     """Every chunk that the committed lengths need is there and has bytes."""
-    directory = Directory(run.path)
+    sizes = {entry.key: entry.size for entry in door(run.path).entries()}
     for name, node in _arrays(run):
         chunks = _chunks(node)
         for index in zarr3.grid(tuple(node["shape"]), chunks):
             key = f"{name}/{zarr3.chunk_key(index)}"
-            size = directory.size(key)
+            size = sizes.get(key)
             if not size:
                 stop = min((index[0] + 1) * chunks[0], node["shape"][0])
                 what = f"{run.path / key} {'does not exist' if size is None else 'is empty'}"
@@ -309,7 +311,7 @@ def _column(run: Run, name: str) -> Iterator[NDArray[Any] | Problem]:
 
 def _debris(run: Run) -> Iterator[Problem]:
     """Files that no commit names, in a run that nobody writes: what a killed writer left, or somebody else put."""
-    directory = Directory(run.path)
+    directory = door(run.path)
     if directory.leased(LEASE):
         return
     known = {RECORD, LEASE, HEARTBEAT, *CHECKPOINTS, *(f"{group}/{RECORD}" for group in ("probe", *run.lengths))}
@@ -319,10 +321,7 @@ def _debris(run: Run) -> Iterator[Problem]:
     extra = [key for key in directory.list(hidden=True) if key not in known]
     if extra:
         shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
-        yield Problem(
-            run.run_id,
-            f"{len(extra)} files that no commit names: {shown}",
-            "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left; "
-            f"`ntk-eos repair {run.path.parents[1]}` shows which of them can be removed",
-            damage=False,
-        )
+        mend = "nothing to do: no reader sees them, and a run that goes on replaces what its killed writer left"
+        if isinstance(directory, Directory):
+            mend += f"; `ntk-eos repair {run.path.parent.parent}` shows which of them can be removed"
+        yield Problem(run.run_id, f"{len(extra)} files that no commit names: {shown}", mend, damage=False)

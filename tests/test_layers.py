@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance images",
+        "schema cadence seeds zarr3 console provenance images objects",
         "disk guard",
         "store",
         "config verify",
@@ -53,8 +53,8 @@ SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of 
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
 PURE |= {"flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
-TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "disk", "store", "config"}
-TORCH_FREE |= {"verify", "repair", "guard", "cli", "images"}
+TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "objects", "disk", "store"}
+TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`

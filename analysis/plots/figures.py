@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -12,6 +11,7 @@ from analysis.plots import numbers
 from analysis.plots.drawing import SETTLED, SHORTEST, plot_columns, plot_edge, plot_kta, plot_modes, plot_series
 from analysis.plots.files import save
 from analysis.plots.numbers import Root
+from pipeline.disk import Location
 from pipeline.errors import InputError, MissingError, NtkEosError
 from pipeline.store import find_run, list_runs
 
@@ -204,7 +204,7 @@ def draw_figures(
     x: str = "step",
     formats: Sequence[str] = ("png", "svg"),
     figures: Mapping[str, Drawing] = FIGURES,
-) -> list[Path]:
+) -> list[Location]:
     """Draw figures of a store and write them; what is derived from the runs is brought up to date first.
 
     Args:
@@ -227,7 +227,7 @@ def draw_figures(
             raise InputError(f"figure {name!r}: must be one of {', '.join(figures)}")
     results.analyze(root)
     catalog.sync(root)
-    paths: list[Path] = []
+    paths: list[Location] = []
     problems: list[NtkEosError] = []
     for name in names or figures:
         figure = figures[name]

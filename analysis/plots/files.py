@@ -3,13 +3,12 @@
 import os
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from analysis.plots.drawing import STYLE, odd_glyphs
-from pipeline.disk import Directory
+from pipeline.disk import Location, door, location
 from pipeline.errors import InputError
 
 DPI = 160
@@ -32,7 +31,7 @@ def render(figure: Figure, kind: str) -> bytes:
 
 def save(
     figure: Figure, folder: str | os.PathLike[str], name: str, formats: Sequence[str] = ("png", "svg")
-) -> list[Path]:
+) -> list[Location]:
     """Write a figure as `folder`/`name`.png and .svg; each file appears when it is whole.
 
     Args:
@@ -47,19 +46,19 @@ def save(
     Raises:
         InputError: for another format, or a folder that cannot be written.
     """
-    rendered = {Path(folder, f"{name}.{kind}"): render(figure, kind) for kind in formats}
+    rendered = {location(folder) / f"{name}.{kind}": render(figure, kind) for kind in formats}
     for path, data in rendered.items():
         write(path, data)
     return list(rendered)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Location, data: bytes) -> None:
     """Put a whole file in its place at once, folders included.
 
     Raises:
         InputError: if the file system refuses.
     """
-    folder = Directory(path.parent)
+    folder = door(path.parent)
     folder.make()
     try:
         folder.put(path.name, data, durable=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Compute, Digits, File, Mlp, Record, RunConfig, Stop
+from pipeline.errors import InputError
 from pipeline.store import list_runs
 from pipeline.sweep import default_workers, sweep
 from pipeline.train import train
@@ -35,6 +36,11 @@ def test_a_sweep_gives_the_bits_of_single_runs(tmp_path):
     outcomes = list(sweep(runs(), str(tmp_path / "sweep"), workers=2))
     assert {outcome.status for outcome in outcomes} == {"complete"}
     assert heads(tmp_path / "sweep") == heads(tmp_path / "serial")
+
+
+def test_the_memory_of_this_process_is_no_place_for_a_sweep():
+    with pytest.raises(InputError, match=r"memory://x/y is in the memory of one process"):
+        next(sweep(runs(), "memory://x/y"))
 
 
 def test_one_failing_run_leaves_the_others_alone(tmp_path):

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from rows_seen import commits, committed, lost_rows
 
 from pipeline.config import load_study
-from pipeline.errors import NtkEosError
 from pipeline.store import list_runs, read_run, run_path
 from pipeline.train import train
 
@@ -28,33 +27,6 @@ COMMAND = Path(sys.executable).with_name("ntk-eos")
 def command(root: Path, commit_seconds: float) -> list[str]:
     overrides = [*OVERRIDES, f"compute.commit_seconds={commit_seconds}"]
     return [str(COMMAND), "run", "smoke", "--out", str(root), "-q", *(w for key in overrides for w in ("--set", key))]
-
-
-def committed(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Digests of all rows that a reader sees, by run and group."""
-    if not (root / "runs").is_dir():
-        return {}
-    return {
-        run.run_id: {group: [bytes(row).hex() for row in run.read(f"{group}/digest")] for group in run.lengths}
-        for run in list_runs(root)
-    }
-
-
-def lost_rows(seen: dict[str, dict[str, list[str]]], now: dict[str, dict[str, list[str]]]) -> int:
-    """How many rows that were seen are not there any more, or are others."""
-    return sum(
-        digest != there
-        for run, groups in seen.items()
-        for group, digests in groups.items()
-        for digest, there in zip_longest(digests, now.get(run, {}).get(group, [])[: len(digests)])
-    )
-
-
-def commits(root: Path) -> int:
-    try:
-        return sum(run.attrs["commits"] for run in list_runs(root))
-    except NtkEosError:
-        return 0
 
 
 def kill_until_done(root: Path, kills: int, seed: int) -> tuple[int, int]:

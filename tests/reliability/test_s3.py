@@ -1,0 +1,144 @@
+"""The S3 protocol itself: a server on loopback that may fail, the real client and its retries, kills of the command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import xarray as xr
+from obstore.store import from_url
+from rows_seen import commits, committed, lost_rows
+from writer_loop import RUN, advance, open_writer, record, write_run
+from zarr.storage import ObjectStore
+
+from pipeline import objects
+from pipeline.config import load_study
+from pipeline.disk import door
+from pipeline.errors import RunLocked
+from pipeline.store import LEASE, find_run, list_runs, read_run, run_path
+from pipeline.train import train
+from pipeline.verify import verify
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-moto" / "bin" / "python"
+URL = "s3://bucket/store"
+COMMAND = Path(sys.executable).with_name("ntk-eos")
+OVERRIDES = [
+    "stop.steps=6000", "stop.loss=1e-12", "record.scalars={every=40}", "record.spectra={every=200}",
+    "compute.commit_seconds=0.2",
+]  # fmt: skip
+
+pytestmark = [
+    pytest.mark.reliability,
+    pytest.mark.skipif(not PYTHON.exists(), reason="`make reliability` installs the server into .venv-moto"),
+]
+
+
+@pytest.fixture
+def server(request, monkeypatch):
+    """An S3 server with an empty bucket; by parameter, the percentage of requests that fail."""
+    command = [PYTHON, Path(__file__).with_name("s3_server.py"), str(getattr(request, "param", 0))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        for name, value in {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "REGION": "us-east-1",
+                            "ENDPOINT": endpoint, "ALLOW_HTTP": "true"}.items():  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
+        objects.client.cache_clear()
+        yield
+        objects.client.cache_clear()
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_a_run_is_that_of_a_folder_and_has_one_writer(server, tmp_path):
+    with open_writer(URL) as writer:
+        advance(writer, 4)
+        with pytest.raises(RunLocked, match="is being written by process"):
+            open_writer(URL)
+    assert write_run(URL).head == write_run(tmp_path).head
+    assert verify(find_run(URL, RUN), deep=True) == []
+    assert [run.status for run in list_runs(URL)] == ["complete"]
+    plain = ObjectStore(from_url(str(run_path(URL, RUN))), read_only=True)
+    assert xr.open_datatree(plain, engine="zarr", chunks={})["train"].sizes["step"] == 12
+
+
+def test_a_lost_lease_is_taken_over_and_its_holder_is_stopped(server, monkeypatch):
+    asleep = open_writer(URL)
+    advance(asleep, 4)
+    left = objects._now
+    monkeypatch.setattr(objects, "_now", lambda: left() + timedelta(hours=1))
+    with open_writer(URL) as awake:
+        with pytest.raises(RunLocked, match="was replaced by another process"):
+            advance(asleep, 8)
+        asleep.close()
+    awake = open_writer(URL)  # has seen what the other one left
+    advance(awake, 12)
+    awake.finish("complete", "steps")
+    awake.close()
+    assert find_run(URL, RUN).head == write_run(f"{URL}-2").head
+
+
+@pytest.mark.parametrize("server", [8], indirect=True)
+def test_a_server_that_fails_changes_no_bit(server, tmp_path, capsys):
+    groups = {"spectra": ["eigenvalue", "prediction"], "train": ["loss"]}
+    record(tmp_path, groups, [])
+    for number in range(5):
+        record(f"{URL}-{number}", groups, [])
+        run = find_run(f"{URL}-{number}", RUN)
+        assert run.head == find_run(tmp_path, RUN).head
+        assert verify(run, deep=True) == []
+    with capsys.disabled():
+        print(json.dumps({"promise": "S3 server that fails 8 % of requests", "runs": 5, "lost": 0}))
+
+
+@pytest.mark.parametrize("server", [2], indirect=True)
+def test_kills_lose_no_committed_row_and_change_no_bit(server, tmp_path, capsys):
+    command = [str(COMMAND), "run", "smoke", "--out", URL, "-q", *(w for key in OVERRIDES for w in ("--set", key))]
+    dice, seen, lost = random.Random(0), {}, 0
+    for number in range(6):
+        before, patience = commits(URL), time.monotonic() + 60
+        process = subprocess.Popen(command, start_new_session=True)
+        while number and commits(URL) == before and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.1)
+        time.sleep(dice.uniform(0, 1))
+        assert process.poll() is None, "the study is too short to be killed this often"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # Nobody waits for a minute here: whoever knows that the writer is dead may delete its lease.
+        for run in list_runs(URL) if door(f"{URL}/runs").is_there() else []:
+            door(run.path).delete(LEASE)
+        now = committed(URL)
+        lost, seen = lost + lost_rows(seen, now), now
+    subprocess.run(command, check=True)
+    lost += lost_rows(seen, committed(URL))
+    assert lost == 0
+    for run in load_study("smoke", OVERRIDES).runs():
+        train(run, str(tmp_path))
+        assert read_run(run_path(URL, run.run_id)).head == read_run(run_path(tmp_path, run.run_id)).head
+    for words in (["status"], ["verify", "--deep"], ["analyze"], ["claims"], ["report", "--out", str(tmp_path / "r")]):
+        subprocess.run([str(COMMAND), words[0], URL, *words[1:]], check=True, capture_output=True)
+    rows = sum(len(digests) for groups in seen.values() for digests in groups.values())
+    assert rows > 0
+    with capsys.disabled():
+        print(json.dumps({"promise": "SIGKILL of `ntk-eos run` to S3", "kills": 6, "rows": rows, "lost": lost}))
+
+
+def test_the_server_ends_with_whoever_started_it():
+    code = (
+        "import subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print(p.pid, flush=True); import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", code, str(PYTHON), str(Path(__file__).with_name("s3_server.py")), "0"]
+    pid = int(subprocess.run(command, capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
