@@ -120,7 +120,10 @@ def mock_run(
     y, unseen_y = (np.where(np.sin(2 * inputs @ rule) > 0, 1.0, -1.0) for inputs in (x, unseen))
     w, a = rng.normal(size=(FEATURES, width)) / np.sqrt(FEATURES), rng.normal(size=(width, c)) / np.sqrt(width)
     name = run_id(learning_rate, seed, **axes)
-    more = schema.recorded(["conjugate"] if conjugate else [], layers, full, schema.HELD_OUT if test else ())
+    others = ["conjugate"] if conjugate else []
+    groups = dict(schema.GROUPS)
+    if others or layers or full or test:
+        groups |= schema.recorded(others, layers, full, test=schema.HELD_OUT if test else ())
     probe = {"sample_index": np.arange(n), "input": x.astype(np.float32), "target": y.astype(np.float32)}
     if test:
         probe |= {"test_sample_index": np.arange(n, n + test), "test_input": unseen.astype(np.float32),
@@ -149,7 +152,7 @@ def mock_run(
             "layer": 2, "sample": n, "sample2": n, "output": c, "output2": c, "eig": k, "hessian_eig": 1,
             "parameter_index": w.size + a.size, "test_sample": test, "test_sample2": test,
         },
-        groups=more | {"train": list(schema.GROUPS["train"])},
+        groups={name: list(variables) for name, variables in groups.items()},
         attributes={"snapshots/ntk_layer": {"names": ["W", "A"]}},
         capacity={group: steps + 1 for group in schema.GROUPS},
         probe=probe,

@@ -184,7 +184,11 @@ def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
             dims={"sample": n, "sample2": n, "parameter_index": 1},
             groups={"snapshots": ["ntk", "parameter"]},
             capacity={"snapshots": count},
-            probe={"target": np.ones((n, 1), np.float32)},
+            probe={
+                "sample_index": np.arange(n),
+                "input": np.ones((n, 1), np.float32),
+                "target": np.ones((n, 1), np.float32),
+            },
             dtype="float32",
         ) as writer:
             for step, kernel in enumerate(data):
