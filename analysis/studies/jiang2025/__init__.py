@@ -29,12 +29,15 @@ FIGURES = {
     **heldout.FIGURES,
 }
 
-# What the paper fixes, as far as its abstract and the caption of its first figure say, and what is this project's own.
+# What the paper fixes, as far as its abstract, the caption of its first figure and what others wrote of it say, and what
+# is this project's own.
 CHOICES = (
-    ("network", "fully connected", "the paper's"),
-    ("its layers, activation and initialisation", "as listed above", "ours"),
-    ("data, labels, number of examples", "as listed above", "ours"),
+    ("networks", "fully connected, two-layer linear, vision transformer", "the paper's"),
+    ("convolutional network", "as listed above", "ours"),
+    ("their layers, activations and initialisation", "as listed above", "ours"),
+    ("data, labels, number of examples", "as listed above; the paper has several datasets, which is not known", "ours"),
     ("optimiser", "full-batch gradient descent", "the paper's"),
+    ("mini-batches", "that the observations carry over to them is said of the paper; batch sizes are not known", "ours"),
     ("learning rates", "as listed above; the paper's figure singles out 0.1", "ours"),
     ("comparison", "all learning rates trained to roughly the same loss", "the paper's"),
     ("that loss, and the limit on steps", "as the study file says; the smallest loss level listed above", "ours"),
@@ -42,6 +45,10 @@ CHOICES = (
     ("its scale, and the line", "λ₁/n against 2/η, for L = (1/2n) ‖f - y‖²", "ours"),
     ("alignment", "KTA = yᵀKy / (‖K‖ ‖y‖²), and c_i of the top 20 eigenvectors", "the paper's"),
     ("eigenvalues", "divided by the Frobenius norm of the NTK", "the paper's"),
-    ("several outputs", "K summed over outputs", "ours"),
+    ("several outputs", "K summed over outputs, and the kernel of all their pairs where it is recorded", "ours"),
+    ("two-layer linear networks", "the paper has a theorem; the statements judged here are derived here", "ours"),
+    ("central flow", "that it explains the kernel's evolution", "the paper's"),
+    ("its equations and discretisation", "those of Cohen et al. 2024 (arXiv 2410.24206)", "ours"),
+    ("cross-entropy, ten classes, held-out examples", "beyond what was seen of the paper", "ours"),
     ("seeds, spread over them, and every threshold of the claims", "as listed here", "ours"),
 )
