@@ -29,15 +29,15 @@ FIGURES = {
     **heldout.FIGURES,
 }
 
-# What the paper fixes, as far as its abstract, the caption of its first figure and what others wrote of it say, and what
-# is this project's own.
+# What the paper fixes, as far as its abstract, the caption of its first figure and what others wrote of it say, and
+# what is this project's own.
 CHOICES = (
     ("networks", "fully connected, two-layer linear, vision transformer", "the paper's"),
     ("convolutional network", "as listed above", "ours"),
     ("their layers, activations and initialisation", "as listed above", "ours"),
-    ("data, labels, number of examples", "as listed above; the paper has several datasets, which is not known", "ours"),
+    ("data, labels, number of examples", "as listed above; the paper's several are not known", "ours"),
     ("optimiser", "full-batch gradient descent", "the paper's"),
-    ("mini-batches", "that the observations carry over to them is said of the paper; batch sizes are not known", "ours"),
+    ("mini-batches", "that the observations carry over is said of the paper; batch sizes are not known", "ours"),
     ("learning rates", "as listed above; the paper's figure singles out 0.1", "ours"),
     ("comparison", "all learning rates trained to roughly the same loss", "the paper's"),
     ("that loss, and the limit on steps", "as the study file says; the smallest loss level listed above", "ours"),
