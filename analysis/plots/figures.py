@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import catalog, results
@@ -131,26 +132,26 @@ def columns(name: str, title: str, caption: str, sql: str, panels: Mapping[str, 
         sql: as in `analysis.claims.Claim`: one row per run.
         panels: label of the vertical axis -> columns, as `plot_columns` takes them.
     """
-
-    def draw(root: Root, x: str) -> Figure:
-        rows = numbers.frame(root, numbers.of_store(root, sql))
-        if rows.empty:
-            raise MissingError("no run has the numbers that it shows")
-        return plot_columns(rows, panels, title, numbers.setting(list_runs(root)))
-
-    return Drawing(name, title, caption, ("learning rate",), lambda root, x: numbers.of_store(root, sql), draw)
+    return _of_claim(name, title, caption, sql, "learning rate", lambda *args: plot_columns(args[0], panels, *args[1:]))
 
 
 def series(name: str, title: str, caption: str, sql: str, panels: Mapping[str, str]) -> Drawing:
     """A figure of numbers over the steps, a line per `label` of the query, else as `columns`."""
+    return _of_claim(name, title, caption, sql, "step", lambda *args: plot_series(args[0], panels, *args[1:]))
+
+
+def _of_claim(
+    name: str, title: str, caption: str, sql: str, over: str, plot: Callable[[pd.DataFrame, str, str], Figure]
+) -> Drawing:
+    """A figure from a query of a claim, asked of all runs of a store."""
 
     def draw(root: Root, x: str) -> Figure:
         rows = numbers.frame(root, numbers.of_store(root, sql))
         if rows.empty:
             raise MissingError("no run has the numbers that it shows")
-        return plot_series(rows, panels, title, numbers.setting(list_runs(root)))
+        return plot(rows, title, numbers.setting(list_runs(root)))
 
-    return Drawing(name, title, caption, ("step",), lambda root, x: numbers.of_store(root, sql), draw)
+    return Drawing(name, title, caption, (over,), lambda root, x: numbers.of_store(root, sql), draw)
 
 
 FIGURES = {
