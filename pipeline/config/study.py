@@ -162,20 +162,25 @@ def load_parts(name_or_path: str | Path, overrides: Sequence[str] = (), size: st
 
 def _layers(label: str, raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The tables [parts.NAME] and [sizes.NAME] of a file."""
-    parts, sizes = raw.get("parts", {}), raw.get("sizes", {})
-    for name, tables in (("parts", parts), ("sizes", sizes)):
-        if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-            raise StudyError(line(f"{label}: {name} = {show(tables)}: must be tables, [{name}.NAME]"))
+    parts, sizes = (_tables(label, name, raw.get(name, {})) for name in ("parts", "sizes"))
     for part in parts:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", part, re.ASCII):
             raise StudyError(line(f"{label}: parts.{part}: must be named by letters a-z, digits and _: it is a folder"))
     for size, table in sizes.items():
         if size not in SIZES:
             raise StudyError(line(f"{label}: sizes.{size}: must be one of {', '.join(SIZES)}{nearest(size, SIZES)}"))
-        if unknown := [part for part in _split(table)[1] if part not in parts]:
+        of_parts = _tables(label, f"sizes.{size}.parts", table.get("parts", {}))
+        if unknown := [part for part in of_parts if part not in parts]:
             known = ", ".join(parts) or "there are none"
             raise StudyError(line(f"{label}: sizes.{size}.parts.{unknown[0]}: not a part of the study ({known})"))
     return parts, sizes
+
+
+def _tables(label: str, key: str, value: Any) -> dict[str, dict[str, Any]]:
+    """The value of a key under which each entry is a table."""
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        raise StudyError(line(f"{label}: {key} = {show(value)}: must be tables, [{key}.NAME]"))
+    return value
 
 
 def _size(label: str, sizes: Mapping[str, Any], asked: str | None) -> str | None:
@@ -190,8 +195,7 @@ def _size(label: str, sizes: Mapping[str, Any], asked: str | None) -> str | None
 
 def _split(size: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a size says for all parts, and what it says for each."""
-    parts = size.get("parts", {})
-    return {key: value for key, value in size.items() if key != "parts"}, parts if isinstance(parts, dict) else {}
+    return {key: value for key, value in size.items() if key != "parts"}, size.get("parts", {})
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -644,6 +644,7 @@ def test_a_file_without_parts_is_one_and_has_the_ids_it_had(study):
         ("[parts]\none = 3", "parts = .*: must be tables"),
         ("[parts.'../x']\n", "named by letters a-z"),
         ("[sizes.big]\n", "sizes.big: must be one of smoke, quick, full"),
+        ("[sizes.quick]\nparts = 3", r"sizes.quick.parts = 3: must be tables, \[sizes.quick.parts.NAME\]"),
         ("[sizes.quick.parts.cnn]\n", r"sizes.quick.parts.cnn: not a part of the study \(there are none\)"),
         ("[parts.a]\nwidth = 3", r"\(part a\): width = 3: unknown key; did you mean model.width"),
         ("[parts.a.model]\nname = 'cmn'", r"model.name = .cmn.: must be one of"),
