@@ -166,6 +166,8 @@ def _layers(label: str, raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]],
     for part in parts:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", part, re.ASCII):
             raise StudyError(line(f"{label}: parts.{part}: must be named by letters a-z, digits and _: it is a folder"))
+        if part in ("runs", "analysis"):
+            raise StudyError(line(f"{label}: parts.{part}: a folder of that name makes a store; choose another name"))
     for size, table in sizes.items():
         if size not in SIZES:
             raise StudyError(line(f"{label}: sizes.{size}: must be one of {', '.join(SIZES)}{nearest(size, SIZES)}"))

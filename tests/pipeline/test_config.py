@@ -643,6 +643,7 @@ def test_a_file_without_parts_is_one_and_has_the_ids_it_had(study):
         ("parts = 3", "parts = 3: must be tables"),
         ("[parts]\none = 3", "parts = .*: must be tables"),
         ("[parts.'../x']\n", "named by letters a-z"),
+        ("[parts.runs]\n", "parts.runs: a folder of that name makes a store"),
         ("[sizes.big]\n", "sizes.big: must be one of smoke, quick, full"),
         ("[sizes.quick]\nparts = 3", r"sizes.quick.parts = 3: must be tables, \[sizes.quick.parts.NAME\]"),
         ("[sizes.quick.parts.cnn]\n", r"sizes.quick.parts.cnn: not a part of the study \(there are none\)"),
