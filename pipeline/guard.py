@@ -51,8 +51,8 @@ def check_record(document: Any) -> None:
     attrs = _table(document.get("attributes"), "attributes")
     _require(document.get("node_type") == "group", "node_type", "group")
     _check_table("", attrs, REQUIRED)
-    _check_table("", {name: attrs[name] for name in OPTIONAL if attrs.get(name) is not None}, OPTIONAL)
-    provenance = attrs.get("provenance") or {}
+    _check_table("", attrs, OPTIONAL)
+    provenance = attrs.get("provenance", {})
     _check_table("provenance.", {name: provenance[name] for name in PROVENANCE if name in provenance}, PROVENANCE)
     nodes = _table(document.get("consolidated_metadata"), "consolidated_metadata").get("metadata")
     _check_nodes(_table(nodes, "consolidated_metadata.metadata"), attrs["lengths"])
@@ -139,9 +139,22 @@ REQUIRED: dict[str, tuple[Check, str]] = {
 }
 OPTIONAL: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(
-        ("title", "study", "study_source", "paper", "family", "loss_convention", "Conventions", "lease"),
-        (_is_text, "text"),
+        (
+            "title",
+            "study_title",
+            "study",
+            "part",
+            "size",
+            "study_source",
+            "paper",
+            "family",
+            "loss_convention",
+            "Conventions",
+            "lease",
+        ),
+        (_or_none(_is_text), "text or null"),
     ),
+    "figures": (_or_none(_list_of(_is_text)), "a list of texts or null"),
     **dict.fromkeys(("claims", "overrides", "environment_changes"), (_list_of(_is_text), "a list of texts")),
     **dict.fromkeys(("stop", "provenance"), (_is_table, "a table")),
     "axes": (_table_of(_is_scalar), "a table of numbers and words"),
