@@ -20,7 +20,7 @@ def document(tmp_path_factory):
 def test_a_null_where_a_value_is_read_is_damage(document, name):
     forged = deepcopy(document)
     forged["attributes"][name] = None
-    with pytest.raises(DamagedStore, match=f"{name} = null"):
+    with pytest.raises(DamagedStore, match=f"{name} = None: must be"):
         check_record(forged)
 
 
