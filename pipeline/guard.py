@@ -160,7 +160,7 @@ OPTIONAL: dict[str, tuple[Check, str]] = {
     "axes": (_table_of(_is_scalar), "a table of numbers and words"),
     "learning_rate": (lambda value: is_number(value) and value > 0, "a positive number"),
     "seed": (_is_count, "a whole number"),
-    "created_at": (_is_time, "a time in ISO 8601"),
+    "created_at": (_or_none(_is_time), "a time in ISO 8601 or null"),
 }
 PROVENANCE: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(("git_commit", "device", "host"), (_or_none(_is_text), "text or null")),

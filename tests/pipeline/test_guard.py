@@ -16,7 +16,7 @@ def document(tmp_path_factory):
     return json.loads((path / "zarr.json").read_bytes())
 
 
-@pytest.mark.parametrize("name", ["axes", "claims", "stop", "provenance", "learning_rate", "seed", "created_at"])
+@pytest.mark.parametrize("name", ["axes", "claims", "stop", "provenance", "learning_rate", "seed"])
 def test_a_null_where_a_value_is_read_is_damage(document, name):
     forged = deepcopy(document)
     forged["attributes"][name] = None
