@@ -138,8 +138,8 @@ class Reader:
         """One error of pydantic as `where = value: rule`."""
         kind, value, context = error["type"], error["input"], error.get("ctx", {})
         path = (*prefix, *error["loc"])
-        if kind == "eigenpairs":
-            return f"{self.where('record.eigenpairs', axes)} = {context['k']}: must be at most data.n = {context['n']}"
+        if kind == "together":
+            return f"{self.where(context['key'], axes)} = {show(context['value'])}: {context['rule']}"
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         where = self.where(key, axes)
         if kind == "missing":

@@ -64,21 +64,14 @@ class RunConfig(Table):
     @model_validator(mode="after")
     def _eigenpairs_fit(self) -> "RunConfig":
         if self.data.n is not None and self.record.eigenpairs > self.data.n:
-            raise PydanticCustomError(
-                "eigenpairs",
-                "record.eigenpairs = {k}: must be at most data.n = {n}",
-                {"k": self.record.eigenpairs, "n": self.data.n},
-            )
+            raise _together("record.eigenpairs", self.record.eigenpairs, f"must be at most data.n = {self.data.n}")
         return self
 
     @model_validator(mode="after")
     def _flows_are_of_gradient_descent(self) -> "RunConfig":
         if self.process.endswith("_flow") and self.update.name != "gd":
-            raise PydanticCustomError(
-                "flow",
-                'process = "{process}": needs update.name = "gd", of which it is the flow, not "{update}"',
-                {"process": self.process, "update": self.update.name},
-            )
+            rule = f'needs update.name = "gd", of which it is the flow, not "{self.update.name}"'
+            raise _together("process", self.process, rule)
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -111,6 +104,11 @@ class RunConfig(Table):
         identity = self.identity()
         del identity["process"]
         return _digest(identity)
+
+
+def _together(key: str, value: int | str, rule: str) -> PydanticCustomError:
+    """The error of a key whose value does not go together with others."""
+    return PydanticCustomError("together", "{key} = {value}: {rule}", {"key": key, "value": value, "rule": rule})
 
 
 def config_of(identity: dict[str, Any]) -> RunConfig | None:

@@ -226,7 +226,7 @@ def test_a_flow_is_one_of_gradient_descent_on_all_examples(study, update):
     for process in ("gradient_flow", "central_flow"):
         assert one(study, f"process={process}").process == process
         text = message(lambda process=process: study(MINIMAL, f"process={process}", update))
-        assert f'process = "{process}": needs update.name = "gd", of which it is the flow, not "' in text
+        assert f'--set process = "{process}": needs update.name = "gd", of which it is the flow, not "' in text
         assert_one_plain_line(text)
 
 
