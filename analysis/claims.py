@@ -108,16 +108,18 @@ def trend(frame: pd.DataFrame, column: str) -> tuple[float, float]:
     seeds = [rows.sort_values("learning_rate")[column].to_numpy() for _, rows in frame.groupby("seed")]
     pairs = [np.sign(values[None, :] - values[:, None]) for values in seeds]  # (i, j): whether the j-th is larger
 
-    def tau(signs: np.ndarray, order: np.ndarray) -> float:
-        upper = np.triu_indices(len(order), 1)
-        return float(signs[np.ix_(order, order)][upper].mean())
+    def taus(signs: np.ndarray, orders: np.ndarray) -> np.ndarray:
+        first, second = np.triu_indices(len(signs), 1)
+        return signs[orders[:, first], orders[:, second]].mean(axis=1)
 
-    measured = float(np.mean([tau(signs, np.arange(len(signs))) for signs in pairs]))
+    measured = float(np.mean([taus(signs, np.arange(len(signs))[None])[0] for signs in pairs]))
     if math.prod(math.factorial(len(signs)) for signs in pairs) <= DRAWS:
-        dealt = [[tau(signs, np.array(order)) for order in permutations(range(len(signs)))] for signs in pairs]
-        by_chance = [float(np.mean(one)) for one in product(*dealt)]
+        dealt = [taus(signs, np.array(list(permutations(range(len(signs)))))) for signs in pairs]
+        by_chance = np.array([np.mean(one) for one in product(*dealt)])
     else:
         rng = np.random.default_rng(0)
-        drawn = ([tau(signs, rng.permutation(len(signs))) for signs in pairs] for _ in range(DRAWS))
-        by_chance = [measured, *(float(np.mean(one)) for one in drawn)]
-    return measured, float(np.mean(np.array(by_chance) >= measured - 1e-12))
+        drawn = [[rng.permutation(len(signs)) for signs in pairs] for _ in range(DRAWS)]
+        orders = [np.array(of_seed) for of_seed in zip(*drawn, strict=True)]
+        chance = np.mean([taus(signs, order) for signs, order in zip(pairs, orders, strict=True)], axis=0)
+        by_chance = np.array([measured, *chance])
+    return measured, float(np.mean(by_chance >= measured - 1e-12))
