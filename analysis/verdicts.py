@@ -41,7 +41,7 @@ def page(roots: Iterable[str | os.PathLike[str]]) -> str:
         sections.append(_section([runs for _, runs in stores], judgements))
         judged += [judgement for part in judgements for judgement in part]
     verdicts = Counter(judgement.verdict.verdict for judgement in judged)
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items(), key=lambda item: item[0]))
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     return "\n".join([HEAD.format(counts=counts.capitalize() or "None"), *sections, _changes(judged)])
 
 

@@ -28,7 +28,6 @@ where status = 'complete' and study = {study}
 order by learning_rate, seed, process, step
 """.strip()
 
-PROCESSES = ("discrete", "midpoint", "central_flow", "gradient_flow")
 LABELS = {
     "discrete": "gradient descent", "midpoint": "gradient descent at midpoints", "central_flow": "central flow",
     "gradient_flow": "gradient flow",
@@ -39,7 +38,7 @@ def families(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """For each learning rate and seed that met its line: its name, and the steps that all four processes have."""
     found = []
     for (rate, seed), rows in frame.dropna(subset="crossed_at").groupby(["learning_rate", "seed"]):
-        if set(PROCESSES) <= set(rows["process"]):
+        if set(LABELS) <= set(rows["process"]):
             last = rows.groupby("process")["step"].max().min()
             found.append((f"{rate:g}, seed {seed}", rows[rows["step"] <= last]))
     return found
