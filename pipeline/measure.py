@@ -28,7 +28,7 @@ from pipeline import schema
 from pipeline.errors import InputError
 from pipeline.kernels import KERNELS, NTK
 from pipeline.losses import Loss, accuracy
-from pipeline.operators import HessianOperator, Preconditioned
+from pipeline.operators import HessianOperator, Preconditioned, flat
 from pipeline.spectra import NonFiniteKernel, as_matrix, eigenpairs, lanczos, top_eigenvalue
 
 PARTS = ("kernel", "eigenpairs", "scalars", "other_kernels", "hessian", "test")
@@ -325,7 +325,7 @@ class Measure:
         pulled = torch.autograd.grad(
             prediction, parameters, torch.from_numpy(top).to(prediction), materialize_grads=True
         )
-        return torch.cat([tensor.reshape(-1) for tensor in pulled])
+        return flat(pulled)
 
 
 def trained_names(model: nn.Module) -> list[str]:

@@ -223,7 +223,7 @@ class _Jacobian:
         with torch.enable_grad():
             self.prediction = model(x)
             self._weight = torch.zeros_like(self.prediction, requires_grad=True)
-            self._pulled = _flat(
+            self._pulled = flat(
                 torch.autograd.grad(
                     self.prediction, parameters, self._weight, create_graph=True, materialize_grads=True
                 )
@@ -259,7 +259,7 @@ def _count(parameters: Sequence[Tensor]) -> int:
 def _gradient(loss: Loss, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """The flat gradient of the loss, with a graph of its own."""
     with torch.enable_grad():
-        return _flat(torch.autograd.grad(loss(prediction, target), inputs, create_graph=True, materialize_grads=True))
+        return flat(torch.autograd.grad(loss(prediction, target), inputs, create_graph=True, materialize_grads=True))
 
 
 def _pull(output: Tensor, inputs: Sequence[Tensor], vector: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -270,8 +270,9 @@ def _pull(output: Tensor, inputs: Sequence[Tensor], vector: Tensor, *, create_gr
     pulled = torch.autograd.grad(
         output, inputs, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
     )
-    return _flat(pulled)
+    return flat(pulled)
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of the parameters as one vector (p,), in their order."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -23,6 +23,7 @@ from pipeline import flows
 from pipeline.errors import InputError
 from pipeline.gradient import FullBatch, FullGradient, MiniBatches
 from pipeline.losses import Loss
+from pipeline.operators import flat
 from pipeline.optim import State, UpdateRule, listed, numbered
 
 
@@ -146,7 +147,7 @@ class Discrete(_Stepping):
         """That of the step which the rule is about to take."""
         rule = self.problem.rule
         _, after = rule.step(self.parameters, self._here.gradients, self._state, self.problem.learning_rate)
-        return _flat(rule.preconditioner(after))
+        return _preconditioner(rule.preconditioner(after))
 
     def state(self) -> State:
         """That of the rule."""
@@ -186,7 +187,7 @@ class Midpoint(_Stepping):
 
     def preconditioner(self) -> Tensor:
         """That of the step from θ_t to θ_{t+1}."""
-        return _flat(self.problem.rule.preconditioner(self._state))
+        return _preconditioner(self.problem.rule.preconditioner(self._state))
 
     def state(self) -> State:
         """The rule's, and the iterates θ_t and θ_{t+1}."""
@@ -257,11 +258,11 @@ def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _flat(tensors: Sequence[Tensor] | None) -> Tensor:
-    """Tensors as one vector, in the order of the parameters."""
+def _preconditioner(tensors: Sequence[Tensor] | None) -> Tensor:
+    """That of an update rule as one vector (p,)."""
     if tensors is None:
         raise InputError("the update rule has no preconditioner")
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return flat(tensors)
 
 
 PROCESSES: Mapping[str, type[Process]] = {

@@ -92,7 +92,7 @@ def draw_modes(root: Root, x: str = "mode") -> Figure:
 
 def modes_sql(root: Root, x: str) -> str:
     """The query behind `draw_modes`."""
-    return numbers.MODES.replace("{level}", repr(shared_level(list_runs(root), root)))
+    return numbers.of_store(root, numbers.MODES)
 
 
 def draw_edge(root: Root, x: str = "step", run_id: str | None = None) -> Figure:
