@@ -143,6 +143,10 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+workers_option = click.option(
+    "--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run]."
+)
+imports_option = click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
 study_argument = click.argument("name", metavar="STUDY", shell_complete=_complete_study)
 
 
@@ -279,8 +283,8 @@ def plan(
 )
 @study_argument
 @study_options
-@click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
-@click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@workers_option
+@imports_option
 @catalog_option
 @quiet_option
 @click.pass_context
@@ -312,8 +316,8 @@ def run(
 @click.argument("name", metavar="[STUDY]", required=False, shell_complete=_complete_study)
 @click.option("--list", "listing", is_flag=True, help="List the shipped studies: source, parts, runs per size, claims.")
 @study_options
-@click.option("--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run].")
-@click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
+@workers_option
+@imports_option
 @json_option
 @quiet_option
 @click.pass_context
