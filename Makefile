@@ -5,7 +5,7 @@ PEERS := .venv-nngeometry .venv-neural-tangents
 SMOKE := .venv-plain/smoke
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test reliability studies lint bench bench-kernels constraints clean
+.PHONY: help demo test reliability soak studies lint bench bench-kernels constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -15,13 +15,15 @@ demo: .venv/.stamp ## train the digits study, judge its claims, write its report
 	@.venv/bin/ntk-eos demo
 
 # One BLAS thread: the runs of a sweep are the parallelism, and the last bits of a sum do not depend on the machine's cores.
-test reliability studies bench: export OMP_NUM_THREADS = 1
-test reliability studies bench: export OPENBLAS_NUM_THREADS = 1
-test reliability studies bench: export MKL_NUM_THREADS = 1
+test reliability soak studies bench: export OMP_NUM_THREADS = 1
+test reliability soak studies bench: export OPENBLAS_NUM_THREADS = 1
+test reliability soak studies bench: export MKL_NUM_THREADS = 1
 
 # Hypothesis' own profile ci: the same examples every time, no deadline on a busy machine. Plain pytest explores.
 # One process per core; whoever is done takes tests from the others.
 PYTEST := pytest -q --hypothesis-profile=ci --numprocesses=logical --dist=worksteal
+# Tests that measure a promise of docs/reliability.md.
+PROMISED := tests/reliability tests/golden
 
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"
@@ -33,8 +35,15 @@ test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads wi
 	@.venv/bin/python tests/plain/make_store.py $(SMOKE)
 	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
 
-reliability: .venv/.stamp .venv-moto/.stamp ## the longer tests, which kill and damage
-	@.venv/bin/pytest -q --hypothesis-profile=ci -m reliability
+reliability: .venv/.stamp .venv-moto/.stamp ## the longer tests, which kill and damage: docs/reliability.md
+	@.venv/bin/$(PYTEST) $(PROMISED) -m "not short and not soak and not slow" --measured docs/reliability.json
+	@.venv/bin/python tests/promises.py docs/reliability.json > docs/.reliability.md
+	@mv docs/.reliability.md docs/reliability.md
+
+soak: .venv/.stamp .venv-moto/.stamp ## the same for hours; its figures join the page
+	@.venv/bin/$(PYTEST) -m soak --measured docs/reliability.json
+	@.venv/bin/python tests/promises.py docs/reliability.json > docs/.reliability.md
+	@mv docs/.reliability.md docs/reliability.md
 
 # All of them in under half an hour on two cores; SIZE=full takes an evening. A failed claim is a result, not an error.
 STUDIES := paper_fig1 paper_architectures paper_datasets phases two_layer_linear central_flow sgd multi_class cross_entropy generalisation

@@ -1,0 +1,31 @@
+"""The page of what was measured is the one that its figures make, and no promise is without one."""
+
+import pytest
+from promises import PROMISES, page
+
+
+def record(promise: str, **changes):
+    return {
+        "promise": promise, "case": "a case", "size": "", "figures": {"rows_lost": 0, "ratio": 0.12345}, "met": True,
+        "why": "", "test": "tests/reliability/test_x.py::test_y", "failed": False, "seconds": 1.0, **changes,
+    }  # fmt: skip
+
+
+def document(**changes):
+    machine = {"processor": "x86_64", "cores": 2, "python": "3.11", "torch": "2", "zarr": "3", "numpy": "2"}
+    return {"machine": machine, "records": [record(name, **changes) for name in PROMISES]}
+
+
+def test_the_page_tells_kept_missed_and_failed_apart():
+    assert "| kept |" in page(document())
+    assert "rows lost 0, ratio 0.123" in page(document())
+    assert "| **missed**, see there |" in page(document(met=False, why="slow"))
+    assert "**missed**: slow" in page(document(met=False, why="slow"))
+    assert "| **failed** |" in page(document(failed=True))
+
+
+def test_a_promise_without_a_figure_is_refused():
+    lacking = document()
+    del lacking["records"][3]
+    with pytest.raises(ValueError, match=r"no figure for R4: run make reliability"):
+        page(lacking)
