@@ -26,6 +26,8 @@ from analysis.rows import described, require
 from analysis.spectra import effective_rank, normalised_eigenvalue
 from pipeline.errors import InputError
 
+MOST_EXAMPLES = 10_000  # beyond it all eigenvalues of a kernel take minutes and gigabytes
+
 
 def alignment(ds: xr.Dataset) -> xr.Dataset:
     """Every measure of alignment that the dataset's variables allow; lazy, coordinates kept.
@@ -36,7 +38,7 @@ def alignment(ds: xr.Dataset) -> xr.Dataset:
     | `kta_centred` (row) | `ntk` |
     | `mode_alignment`, `cumulative_alignment` (row, k) | `eigenvector` |
     | `normalised_eigenvalue` (row, k) | `eigenvalue` and `frobenius_norm` or `ntk` |
-    | `effective_rank` (row) | `ntk` |
+    | `effective_rank` (row) | `ntk`, of fewer than 10,000 examples: it takes all eigenvalues |
 
     The scalars were computed from the kernel before it was rounded for storage and cost no read of n² numbers, so
     they come first. C(k) stands at `eig` = k - 1.
@@ -63,7 +65,7 @@ def alignment(ds: xr.Dataset) -> xr.Dataset:
         )
     if "eigenvalue" in ds and ("frobenius_norm" in ds or "ntk" in ds):
         found["normalised_eigenvalue"] = normalised_eigenvalue(ds["eigenvalue"], _norm(ds))
-    if "ntk" in ds:
+    if "ntk" in ds and ds.sizes["sample"] < MOST_EXAMPLES:
         found["effective_rank"] = effective_rank(ds["ntk"])
     if not found:
         raise InputError(
@@ -115,7 +117,7 @@ def centred_alignment(ds: xr.Dataset) -> xr.DataArray:
     return described(
         linalg.ratio(
             linalg.quadratic_form(ds["ntk"], centred),
-            linalg.frobenius_norm(linalg.centre(ds["ntk"])) * linalg.outer_norm(centred),
+            linalg.centred_norm(ds["ntk"]) * linalg.outer_norm(centred),
         ),
         "centred kernel target alignment",
         "⟨PKP, PYYᵀP⟩ / (‖PKP‖_F ‖PYYᵀP‖_F), P = I - 11ᵀ/n, K summed over outputs.",

@@ -11,6 +11,7 @@ of the flow time η dt.
 Sources: Fort et al. 2020 (distance, velocity); Kornblith et al. 2019 (linear CKA); Tsilivis and Kempe 2022 (polar).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def kernel_distance(ds: xr.Dataset) -> xr.DataArray:
     """
     require(ds, "kernel distance", "ntk")
     return described(
-        1 - _cosines(ds["ntk"], runs_of(ds)),
+        1 - _cosines(ds["ntk"], runs_of(ds), linalg.gram),
         "kernel distance",
         "S(t, t') = 1 - ⟨K_t, K_t'⟩ / (‖K_t‖_F ‖K_t'‖_F), t' the row of the same run at other_step.",
     )
@@ -68,7 +69,7 @@ def cka(ds: xr.Dataset) -> xr.DataArray:
     """
     require(ds, "CKA", "ntk")
     return described(
-        _cosines(linalg.centre(ds["ntk"]), runs_of(ds)),
+        _cosines(ds["ntk"], runs_of(ds), linalg.centred_gram),
         "linear CKA of two kernels",
         "⟨PK_tP, PK_t'P⟩ / (‖PK_tP‖_F ‖PK_t'P‖_F), P = I - 11ᵀ/n, t' the row of the same run at other_step.",
     )
@@ -133,15 +134,20 @@ def polar(ds: xr.Dataset) -> xr.Dataset:
     """
     require(ds, "polar coordinates", "ntk")
     runs, kernel = runs_of(ds), ds["ntk"]
-    radius, relative_radius, angle = xr.apply_ufunc(
-        _polar,
-        kernel,
-        taken(kernel, runs.dim, runs.ends(0)),
-        input_core_dims=[linalg.KERNEL] * 2,
-        output_core_dims=[[]] * 3,
-        dask="parallelized",
-        output_dtypes=[np.float64] * 3,
-        dask_gufunc_kwargs={"allow_rechunk": True},
+    first = taken(kernel, runs.dim, runs.ends(0))
+    radius, relative_radius, angle = (
+        _polar_of_blocks(kernel, first)
+        if linalg.in_blocks(kernel)
+        else xr.apply_ufunc(
+            _polar,
+            kernel,
+            first,
+            input_core_dims=[linalg.KERNEL] * 2,
+            output_core_dims=[[]] * 3,
+            dask="parallelized",
+            output_dtypes=[np.float64] * 3,
+            dask_gufunc_kwargs={"allow_rechunk": True},
+        )
     )
     return xr.Dataset(
         {
@@ -157,14 +163,14 @@ def polar(ds: xr.Dataset) -> xr.Dataset:
     )
 
 
-def _cosines(kernel: xr.DataArray, runs: Runs) -> xr.DataArray:
+def _cosines(kernel: xr.DataArray, runs: Runs, gram: Callable[[xr.DataArray, str], xr.DataArray]) -> xr.DataArray:
     """Cosines of all pairs of kernels of each run, laid out as `kernel_distance`."""
     most = max(map(len, runs.rows))
     bare = xr.DataArray(kernel.variable)  # rows of different runs must not be aligned by their coordinates
     parts = [
         xr.apply_ufunc(
             _normalised,
-            linalg.gram(bare.isel({runs.dim: rows}), runs.dim),
+            gram(bare.isel({runs.dim: rows}), runs.dim),
             kwargs={"size": most},
             input_core_dims=[[runs.dim, "other"]],
             output_core_dims=[[runs.dim, "other"]],
@@ -211,3 +217,18 @@ def _polar(kernel: NDArray[Any], first: NDArray[Any]) -> tuple[Array, Array, Arr
             u, v = one / norm, other / other_norm
             angle[row] = 2 * np.arctan2(np.linalg.norm(u - v), np.linalg.norm(u + v))
     return radius, relative, angle
+
+
+def _polar_of_blocks(kernel: xr.DataArray, first: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    """As `_polar`, of kernels in several blocks each, in one pass.
+
+    With D = K - K_0, a = ‖K‖ and b = ‖K_0‖, the unit vectors have ‖u - v‖² = (‖D‖² - (a - b)²) / ab and
+    a - b = ⟨D, K + K_0⟩ / (a + b). An angle below about 1e-8 ‖D‖ / ‖K_0‖ is lost in rounding.
+    """
+    one, other = kernel.astype(np.float64), first.astype(np.float64)
+    norm, other_norm = linalg.frobenius_norm(kernel), linalg.frobenius_norm(first)
+    radius = linalg.frobenius_norm(one - other)
+    longer = linalg.ratio(linalg.frobenius_product(one - other, one + other), norm + other_norm)
+    apart = linalg.ratio(radius**2 - longer**2, norm * other_norm).clip(0, 4)
+    angle = xr.apply_ufunc(np.arctan2, apart**0.5, (4 - apart) ** 0.5, dask="allowed")
+    return radius, linalg.ratio(radius, other_norm), 2 * angle

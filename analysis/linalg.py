@@ -5,10 +5,13 @@
 Kernels carry the dimensions `sample` (n) and `sample2` (n), targets `sample` (n) and `output` (c), kernels of all
 pairs of outputs all four; any other dimension is a stack. Dask arrays stay lazy and numpy arrays are computed at once.
 Kernels are stored in float32; all sums run in float64, without a float64 copy of more than one block (pairs of kernels:
-of two; eigenvalues: of one matrix). A task takes whole kernels, so the bands of a large one are joined in its task.
+of two; eigenvalues: of one matrix). A kernel that comes in several blocks along `sample` or `sample2`, because it is
+large, is summed block by block, and a task holds no more than that. Eigenvalues and eigenvectors, kernel regression,
+what is taken of all pairs of outputs, and `centre` need the whole kernel, which is joined in one task.
 BLAS threads are the caller's to set.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +40,7 @@ def frobenius_product(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
     Returns:
         Float64 (...).
     """
-    return _on_stacks(lambda a, b: np.einsum("...ij,...ij->...", a, b, dtype=np.float64), (a, KERNEL), (b, KERNEL))
+    return _summed(_product, (a, KERNEL), (b, KERNEL))
 
 
 def frobenius_norm(kernel: xr.DataArray) -> xr.DataArray:
@@ -50,6 +53,25 @@ def centre(kernel: xr.DataArray) -> xr.DataArray:
     return _on_stacks(_centre, (kernel, KERNEL), out=KERNEL)
 
 
+def centred_norm(kernel: xr.DataArray) -> xr.DataArray:
+    """‖P K P‖ of kernels (..., n, n), in float64 (...).
+
+    Of a kernel in several blocks it is (‖K‖² - (‖K 1‖² + ‖Kᵀ 1‖²)/n + (1ᵀ K 1)²/n²)^(1/2), which takes one pass; its
+    relative error is the rounding of float64 times ‖K‖² / ‖P K P‖².
+    """
+    if not in_blocks(kernel):
+        return frobenius_norm(centre(kernel))
+    n, rows, columns = kernel.sizes["sample"], _sums(kernel, "sample2"), _sums(kernel, "sample")
+    square = frobenius_product(kernel, kernel) - ((rows**2).sum("sample", skipna=False)
+                                                  + (columns**2).sum("sample2", skipna=False)) / n  # fmt: skip
+    return (square + (rows.sum("sample", skipna=False) / n) ** 2) ** 0.5
+
+
+def in_blocks(kernel: xr.DataArray) -> bool:
+    """Whether kernels (..., n, n) are lazy and come in several blocks each."""
+    return any(len(kernel.variable.chunksizes.get(dim, ())) > 1 for dim in KERNEL)
+
+
 def quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     """Σ_c y_cᵀ K y_c = ⟨K, YYᵀ⟩.
 
@@ -60,7 +82,8 @@ def quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     Returns:
         Float64 (...).
     """
-    return _on_stacks(_quadratic_form, (kernel, KERNEL), (y, TARGET))
+    columns = y.rename(sample="sample2").drop_vars("sample2", errors="ignore")
+    return _summed(_quadratic_form, (kernel, KERNEL), (y, TARGET), (columns, ("sample2", "output")))
 
 
 def full_quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
@@ -92,6 +115,21 @@ def gram(kernel: xr.DataArray, dim: str) -> xr.DataArray:
     kernel = kernel.transpose(..., dim, *KERNEL)
     products = _lazy_gram(kernel.data) if isinstance(kernel.data, da.Array) else _products(kernel.data, kernel.data)
     return xr.DataArray(products, dims=(*kernel.dims[:-2], "other"))
+
+
+def centred_gram(kernel: xr.DataArray, dim: str) -> xr.DataArray:
+    """⟨P K_t P, P K_t' P⟩ of all pairs of kernels along one dimension, as `gram`.
+
+    Of kernels in several blocks each it is
+    ⟨K_t, K_t'⟩ - (K_t 1 · K_t' 1 + K_tᵀ 1 · K_t'ᵀ 1)/n + (1ᵀ K_t 1)(1ᵀ K_t' 1)/n².
+    """
+    if not in_blocks(kernel):
+        return gram(centre(kernel), dim)
+    n, rows, columns = kernel.sizes["sample"], _sums(kernel, "sample2"), _sums(kernel, "sample")
+    total = rows.sum("sample", skipna=False) / n
+    other = {dim: "other"}
+    means = xr.dot(rows, rows.rename(other), dim="sample") + xr.dot(columns, columns.rename(other), dim="sample2")
+    return gram(kernel, dim) - means / n + total * total.rename(other)
 
 
 def squared_projections(vectors: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
@@ -174,6 +212,43 @@ def ratio(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
     return numerator / denominator.where(denominator > 0)
 
 
+def _sums(kernel: xr.DataArray, dim: str) -> xr.DataArray:
+    return xr.DataArray(kernel.variable).sum(dim, dtype=np.float64, skipna=False)
+
+
+def _summed(function: Callable[..., Array], *operands: tuple[xr.DataArray, Sequence[str]]) -> xr.DataArray:
+    """Apply a function that is a sum over i and j: where arrays come in several blocks, to each, and add these up."""
+    if not any(in_blocks(array) for array, core in operands if core == KERNEL):
+        return _on_stacks(function, *operands)
+    return xr.apply_ufunc(
+        partial(_sum_of_blocks, function, [core for _, core in operands]),
+        *(array for array, _ in operands),
+        input_core_dims=[list(core) for _, core in operands],
+        dask="allowed",
+    )
+
+
+def _sum_of_blocks(function: Callable[..., Array], cores: Sequence[Sequence[str]], *arrays: da.Array) -> da.Array:
+    ranks = [array.ndim - len(core) for array, core in zip(arrays, cores, strict=True)]
+    stack = [f"stack{axis}" for axis in range(max(ranks))]
+    labelled = [
+        (array, (*stack[len(stack) - rank :], *core)) for array, rank, core in zip(arrays, ranks, cores, strict=True)
+    ]
+    blocks = da.blockwise(
+        partial(_of_block, function),
+        (*stack, *KERNEL),
+        *itertools.chain(*labelled),
+        adjust_chunks=dict.fromkeys(KERNEL, 1),
+        concatenate=True,
+        meta=np.empty((0,) * (len(stack) + 2)),
+    )
+    return blocks.sum(axis=(-2, -1))
+
+
+def _of_block(function: Callable[..., Array], *parts: NDArray[Any]) -> Array:
+    return function(*parts)[..., None, None]
+
+
 def _on_stacks(
     function: Callable[..., Array],
     *operands: tuple[xr.DataArray, Sequence[str]],
@@ -210,20 +285,25 @@ def _centre(kernel: NDArray[Any]) -> Array:
     return centred
 
 
-def _quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
-    image = np.einsum("...ij,...jc->...ic", kernel, y, dtype=np.float64)
-    return np.einsum("...ic,...ic->...", image, y, dtype=np.float64)
+def _product(a: NDArray[Any], b: NDArray[Any]) -> Array:
+    return np.einsum("...ij,...ij->...", a, b, dtype=np.float64)
+
+
+def _quadratic_form(kernel: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]) -> Array:
+    """Σ_c Σ_ij rows_ic K_ij columns_jc of a kernel (..., n, n), or of a block of it and the targets of its examples."""
+    image = np.einsum("...ij,...jc->...ic", kernel, columns, dtype=np.float64)
+    return np.einsum("...ic,...ic->...", image, rows, dtype=np.float64)
 
 
 def _full_quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
     flat = (*y.shape[:-2], -1, 1)
     size = y.shape[-2] * y.shape[-1]
-    return _quadratic_form(kernel.reshape(*kernel.shape[:-4], size, size), y.reshape(flat))
+    return _quadratic_form(kernel.reshape(*kernel.shape[:-4], size, size), y.reshape(flat), y.reshape(flat))
 
 
 def _lazy_gram(kernels: da.Array) -> da.Array:
-    kernels = kernels.rechunk({axis: -1 for axis in range(kernels.ndim) if axis != kernels.ndim - 3})
     *stack, size, _, _ = kernels.shape
+    kernels = kernels.rechunk({axis: -1 for axis in range(len(stack))})
     lower = [
         da.from_delayed(delayed(partial(_products_up_to, kernels, i), pure=True)(), (*stack, length, size), np.float64)
         for i, length in enumerate(kernels.chunks[-3])
@@ -237,12 +317,13 @@ def _products_up_to(kernels: da.Array, i: int) -> Array:
     The blocks are computed here instead of being tasks of their own, whose results would stay in memory until the last
     pair is done: in the end all of them.
     """
-    own = kernels.blocks[..., i, :, :].compute(scheduler="sync")
-    found = np.zeros((*kernels.shape[:-3], own.shape[-3], kernels.shape[-3]))
+    found = np.zeros((*kernels.shape[:-3], kernels.chunks[-3][i], kernels.shape[-3]))
     ends = np.cumsum(kernels.chunks[-3])
-    for j in range(i + 1):
-        other = own if j == i else kernels.blocks[..., j, :, :].compute(scheduler="sync")
-        found[..., ends[j] - other.shape[-3] : ends[j]] = _products(own, other)
+    for row, column in np.ndindex(*kernels.numblocks[-2:]):
+        own = kernels.blocks[..., i, row, column].compute(scheduler="sync")
+        for j in range(i + 1):
+            other = own if j == i else kernels.blocks[..., j, row, column].compute(scheduler="sync")
+            found[..., ends[j] - other.shape[-3] : ends[j]] += _products(own, other)
     return found
 
 

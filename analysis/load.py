@@ -126,11 +126,13 @@ class _WholeRows(Run):
     group: str
     rows: tuple[int, ...]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, within: Sequence[tuple[int, int]] = ()
+    ) -> NDArray[Any]:
         if not name.startswith(f"{self.group}/"):
-            return self.source.read(name, start, stop)
-        parts = [self.source.read(name, row, row + 1) for row in self.rows[start:stop]]
-        return np.concatenate(parts) if parts else self.source.read(name, 0, 0)
+            return self.source.read(name, start, stop, within)
+        parts = [self.source.read(name, row, row + 1, within) for row in self.rows[start:stop]]
+        return np.concatenate(parts) if parts else self.source.read(name, 0, 0, within)
 
 
 def _without_damage(run: Run, group: str) -> Run:
@@ -192,23 +194,28 @@ class _Stored:
         return len(self.shape)
 
     def __getitem__(self, key: tuple[Any, ...]) -> NDArray[Any]:
-        first, *rest = key
-        rows = np.arange(self.shape[0])[first]
-        low, high = (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
-        picked = slice(None, None, first.step) if isinstance(first, slice) else rows - low
-        return self.run.read(self.name, low, high)[(picked, *rest)]
+        bounds, inside = [], []
+        for axis, chosen in enumerate(key):
+            indices = np.arange(self.shape[axis])[chosen]
+            low, high = (int(indices.min()), int(indices.max()) + 1) if indices.size else (0, 0)
+            bounds.append((low, high))
+            inside.append(slice(None, None, chosen.step) if isinstance(chosen, slice) else indices - low)
+        (start, stop), *within = bounds
+        return self.run.read(self.name, start, stop, within)[tuple(inside)]
 
 
 def _stored(run: Run, name: str, rows: int) -> da.Array:
-    """An array of a run in blocks of `rows` rows."""
+    """An array of a run in blocks of `rows` rows; rows that are larger than a block, in their chunks as stored."""
     node = run.node(name)
     # The whole record need not travel to a Dask worker with every array.
     slim = replace(run, document={"consolidated_metadata": {"metadata": {name: node}}})
     array = _Stored(slim, name, tuple(node["shape"]), np.dtype(node["data_type"]))
     token = tokenize(str(run.path), run.head, rows, run.rows if isinstance(run, _WholeRows) else None)
+    whole = math.prod(array.shape[1:]) * array.dtype.itemsize <= BLOCK_BYTES
+    inner = array.shape[1:] if whole else node["chunk_grid"]["configuration"]["chunk_shape"][1:]
     return da.from_array(
         array,
-        chunks=(rows, *array.shape[1:]),
+        chunks=(rows, *inner),
         name=f"{name}-{token}",
         meta=np.empty((0,) * array.ndim, array.dtype),
     )

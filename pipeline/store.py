@@ -18,7 +18,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -230,22 +230,28 @@ class Run:
             if name.startswith(f"{group}/") and node["node_type"] == "array"
         }
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Committed values of an array, rows `start` to `stop`, read chunk by chunk without zarr.
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, within: Sequence[tuple[int, int]] = ()
+    ) -> NDArray[Any]:
+        """Committed values of an array, read chunk by chunk without zarr.
+
+        Args:
+            name: group and variable, such as `snapshots/ntk`.
+            start: first row.
+            stop: row after the last one; all by default.
+            within: first index and the one after the last along each further axis; the whole of an axis by default.
 
         Raises:
             DamagedStore: naming the file, if a chunk is missing or does not decode.
         """
         node = self.node(name)
-        shape = list(node["shape"])
+        shape = node["shape"]
         chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
         stop = shape[0] if stop is None else min(stop, shape[0])
-        self._check_backed(name, start, stop)
-        out = np.empty((max(stop - start, 0), *shape[1:]), dtype=node["data_type"])
-        first_chunk = start // chunks[0]
-        for offset, *others in zarr3.grid((max(stop - first_chunk * chunks[0], 0), *shape[1:]), chunks):
-            index = (first_chunk + offset, *others)
-            low, high = index[0] * chunks[0], min((index[0] + 1) * chunks[0], shape[0])
+        bounds = [(start, max(start, stop)), *within, *((0, size) for size in shape[1 + len(within) :])]
+        self._check_backed(name, bounds, chunks)
+        out = np.empty([high - low for low, high in bounds], dtype=node["data_type"])
+        for index in zarr3.window(bounds, chunks):
             key = f"{name}/{zarr3.chunk_key(index)}"
             try:
                 data = door(self.path).get(key, limit=math.prod(chunks) * out.itemsize + zarr3.OVERHEAD)
@@ -254,25 +260,20 @@ class Run:
                 raise DamagedStore(f"{self.path / key}: {error}") from error
             except (MissingError, InputError) as error:
                 raise DamagedStore(str(error)) from error
-            first, last = max(low, start), min(high, stop)
-            rest = tuple(
-                slice(i * c, min((i + 1) * c, s)) for i, c, s in zip(index[1:], chunks[1:], shape[1:], strict=True)
-            )
-            inner = tuple(slice(0, s.stop - s.start) for s in rest)
-            out[(slice(first - start, last - start), *rest)] = chunk[(slice(first - low, last - low), *inner)]
+            here, there = [], []
+            for (low, high), i, size in zip(bounds, index, chunks, strict=True):
+                first, last = max(low, i * size), min(high, (i + 1) * size)
+                here.append(slice(first - low, last - low))
+                there.append(slice(first - i * size, last - i * size))
+            out[tuple(here)] = chunk[tuple(there)]
         return out
 
-    def _check_backed(self, name: str, start: int, stop: int) -> None:
-        """Refuse to make room for rows that the files of an array cannot hold."""
-        node = self.node(name)
-        shape, chunks = node["shape"], node["chunk_grid"]["configuration"]["chunk_shape"]
-        wanted = max(stop - start, 0) * math.prod(shape[1:]) * np.dtype(node["data_type"]).itemsize
+    def _check_backed(self, name: str, bounds: Sequence[tuple[int, int]], chunks: tuple[int, ...]) -> None:
+        """Refuse to make room for values that the files of an array cannot hold."""
+        wanted = math.prod(high - low for low, high in bounds) * np.dtype(self.node(name)["data_type"]).itemsize
         if wanted <= UNCHECKED_BYTES:
             return
-        files = (
-            door(self.path).size(f"{name}/{zarr3.chunk_key((start // chunks[0] + offset, *others))}")
-            for offset, *others in zarr3.grid((stop - start // chunks[0] * chunks[0], *shape[1:]), tuple(chunks))
-        )
+        files = (door(self.path).size(f"{name}/{zarr3.chunk_key(index)}") for index in zarr3.window(bounds, chunks))
         held = zarr3.MOST_EXPANSION * sum(size or 0 for size in files)
         if wanted > held:
             raise DamagedStore(f"{self.path / name}: its files can hold {held} bytes, not the {wanted} of these rows")

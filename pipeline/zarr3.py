@@ -9,7 +9,7 @@ separator `.` keeps an array in one directory.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -132,6 +132,14 @@ def chunk_key(index: tuple[int, ...]) -> str:
 def grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Indices of all chunks that an array of `shape` has."""
     return product(*(range(-(-size // chunk)) for size, chunk in zip(shape, chunks, strict=True)))
+
+
+def window(bounds: Sequence[tuple[int, int]], chunks: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Indices of the chunks between bounds: of each axis the first index, and the one after the last."""
+    if any(low == high for low, high in bounds):
+        return iter(())
+    axes = zip(bounds, chunks, strict=True)
+    return product(*(range(low // size, -(-high // size)) for (low, high), size in axes))
 
 
 def padded(block: NDArray[Any], chunks: tuple[int, ...]) -> NDArray[Any]:

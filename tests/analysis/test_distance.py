@@ -190,10 +190,21 @@ def test_a_run_opened_by_plain_xarray_works_too(sweep):
             np.testing.assert_allclose(plain[name], whole[name], atol=1e-14, err_msg=name)
 
 
-@pytest.mark.parametrize("lazy", [False, True], ids=["numpy", "dask"])
-def test_a_kernel_of_zeros_has_no_direction(lazy):
+@settings(deadline=None, max_examples=10)
+@given(shapes)
+def test_kernels_in_several_blocks_are_measured_as_whole_ones(shape):
+    ds = exact(**shape).compute()
+    blocks = ds.chunk(snapshot=1, sample=2, sample2=3)
+    xr.testing.assert_allclose(kernel_distance(blocks).compute(), kernel_distance(ds), atol=1e-12)
+    xr.testing.assert_allclose(cka(blocks).compute(), cka(ds), atol=1e-10)
+    xr.testing.assert_allclose(kernel_velocity(blocks).compute(), kernel_velocity(ds), atol=1e-12)
+    xr.testing.assert_allclose(polar(blocks).compute(), polar(ds), atol=1e-6)  # the angle at its smallest
+
+
+@pytest.mark.parametrize("chunks", [None, {"step": 2}, {"sample": 2, "sample2": 2}], ids=["numpy", "rows", "blocks"])
+def test_a_kernel_of_zeros_has_no_direction(chunks):
     kernels = np.stack([np.eye(3), np.zeros((3, 3)), np.eye(3), 2 * np.eye(3)])
-    ds = one(kernels).chunk(step=2) if lazy else one(kernels)
+    ds = one(kernels).chunk(chunks) if chunks else one(kernels)
     for matrix in (kernel_distance(ds), cka(ds)):
         np.testing.assert_array_equal(np.isnan(matrix[1]), True)
         np.testing.assert_array_equal(np.isnan(matrix[0]), [False, True, False, False])

@@ -121,9 +121,11 @@ def test_eigenvalues_of_a_kernel_that_is_not_finite_are_missing_and_alone(bad, m
 
 
 @pytest.mark.parametrize(
-    "chunks", [{"snapshot": 1}, {"snapshot": 2, "sample": 2}, {"sample": 3, "sample2": 2}], ids=str
+    ("chunks", "rounding"),
+    [({"snapshot": 1}, 0), ({"snapshot": 2, "sample": 2}, 1e-13), ({"sample": 3, "sample2": 2}, 1e-13)],
+    ids=str,
 )
-def test_chunks_change_no_bit_and_nothing_is_computed_early(chunks, no_compute):
+def test_chunks_of_rows_change_no_bit_and_nothing_is_computed_early(chunks, rounding, no_compute):
     kernel, y = stacks(4, 5, 2, seed=3, dtype=np.float32)
     lazy_kernel, lazy_y = kernel.chunk(chunks), y.chunk({"snapshot": 4, "sample": 2})
     lazy = {
@@ -148,7 +150,42 @@ def test_chunks_change_no_bit_and_nothing_is_computed_early(chunks, no_compute):
         assert array.chunks is not None, name
         assert eager[name].chunks is None, name
         assert array.dtype == eager[name].dtype == np.float64, name
-        np.testing.assert_array_equal(array.compute(scheduler="sync"), eager[name], err_msg=name)
+        np.testing.assert_allclose(array.compute(scheduler="sync"), eager[name], rtol=rounding, err_msg=name)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(1, 8), st.integers(1, 8))
+def test_kernels_in_several_blocks_have_the_sums_of_whole_ones(shape, rows, columns):
+    kernel, y = stacks(**shape)
+    blocks = kernel.chunk(snapshot=1, sample=rows, sample2=columns)
+    for measured, expected in (
+        (linalg.frobenius_product(blocks, blocks + 1), linalg.frobenius_product(kernel, kernel + 1)),
+        (linalg.quadratic_form(blocks, y.chunk(snapshot=2)), linalg.quadratic_form(kernel, y)),
+        (linalg.centred_norm(blocks) ** 2, linalg.centred_norm(kernel) ** 2),
+        (linalg.gram(blocks, "snapshot"), linalg.gram(kernel, "snapshot")),
+        (linalg.centred_gram(blocks, "snapshot"), linalg.centred_gram(kernel, "snapshot")),
+    ):
+        xr.testing.assert_allclose(measured.compute(scheduler="sync"), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_kernel_in_several_blocks_is_never_whole_in_memory(monkeypatch):
+    seen = []
+    for name in ("_product", "_products", "_quadratic_form"):
+        original = getattr(linalg, name)
+        monkeypatch.setattr(
+            linalg,
+            name,
+            lambda *parts, original=original: seen.append(parts[0].shape[-2:]) or original(*parts),
+        )
+    kernel, y = stacks(3, 6, 1, seed=0)
+    blocks = kernel.chunk(snapshot=1, sample=2, sample2=3)
+    for lazy in (
+        linalg.centred_norm(blocks),
+        linalg.quadratic_form(blocks, y),
+        linalg.centred_gram(blocks, "snapshot"),
+    ):
+        lazy.compute(scheduler="sync")
+    assert set(seen) == {(2, 3)}
 
 
 def test_sums_of_float32_kernels_run_in_float64():

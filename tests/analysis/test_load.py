@@ -179,13 +179,25 @@ def test_any_part_is_that_part_of_the_whole(root, rows, first, second):
     np.testing.assert_array_equal(ds.ntk[rows, first, second].compute(), expected)
 
 
+def test_rows_larger_than_a_block_come_in_their_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "BAND_BYTES", 3 * N * 4)
+    path = mock_run(tmp_path, 0.1, 0, steps=4, n=N, k=2)
+    whole = open_run(path)
+    monkeypatch.setattr(load, "BLOCK_BYTES", N * N * 4 - 1)
+    ds = open_run(path)
+    assert whole.ntk.chunksizes["sample"] == (N,)
+    assert ds.ntk.chunksizes["sample"] == (3, 3, 1)
+    xr.testing.assert_identical(ds.ntk.compute(), whole.ntk.compute())
+    np.testing.assert_array_equal(ds.ntk[2, 4:6, ::2], plain(path, "snapshots").ntk[2, 4:6, ::2])
+
+
 def test_one_row_of_a_run_reads_one_chunk(root, monkeypatch):
     ds = open_run(run_path(root, "lr-0.1_seed-0"))
     read = []
     original = load.Run.read
     monkeypatch.setattr(load.Run, "read", lambda run, name, *rows: read.append(rows) or original(run, name, *rows))
     ds.ntk[3].compute()
-    assert read == [(3, 4)]
+    assert read == [(3, 4, [(0, 7), (0, 7)])]
 
 
 def test_tasks_travel_without_the_whole_record(root):

@@ -188,6 +188,10 @@ def test_any_rows_of_any_array_can_be_read(path, data):
     read = run.read(name, start, stop)
     np.testing.assert_array_equal(read, whole[start:stop])
     assert read.dtype == whole.dtype
+    within = [sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2))) for size in whole.shape[1:]]
+    within = within[: data.draw(st.integers(0, len(within)))]
+    part = whole[(slice(start, stop), *(slice(*bounds) for bounds in within))]
+    np.testing.assert_array_equal(run.read(name, start, stop, within), part)
 
 
 def test_a_row_that_is_gone_is_named_and_the_others_are_read(tmp_path):
