@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance images objects",
+        "schema cadence seeds zarr3 console provenance images objects cluster",
         "disk guard",
         "store",
         "config verify",
@@ -48,13 +48,13 @@ LAYERS = {
         "report verdicts",
     ],
 }
-SHARED = {"errors", "schema", "disk", "store"}  # what the analysis may know of the training stage
+SHARED = {"errors", "schema", "disk", "store", "cluster"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
 PURE |= {"flows"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "objects", "disk", "store"}
-TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images"}
+TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images", "cluster"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`
@@ -164,9 +164,9 @@ PLANTED = {
     "unplaced_importer": ("pipeline.helpers", "", "pipeline.helpers has no place: add 'helpers'"),
     "analysis_in_pipeline": ("pipeline.sweep", "def f():\n    import analysis", "only cli knows the analysis"),
     "analysis_at_the_top": ("pipeline.cli", "from analysis import plots", "inside the function that needs it"),
-    "train_in_analysis": ("analysis.load", "from pipeline.config import Study", "may import only ['disk',"),
-    "command_in_analysis": ("analysis.report", "from pipeline import cli", "may import only ['disk',"),
-    "pipeline_init_in_analysis": ("analysis.load", "from pipeline import VERSION", "may import only ['disk',"),
+    "train_in_analysis": ("analysis.load", "from pipeline.config import Study", "may import only ['cluster',"),
+    "command_in_analysis": ("analysis.report", "from pipeline import cli", "may import only ['cluster',"),
+    "pipeline_init_in_analysis": ("analysis.load", "from pipeline import VERSION", "may import only ['cluster',"),
     "torch_in_analysis": ("analysis.load", "def f():\n    import torch.linalg", "only training may need"),
     "scipy_in_analysis": ("analysis.linalg", "from scipy.linalg import eigh", "only training may need"),
     "by_name": ("pipeline.sweep", "from importlib import import_module", "what a string names cannot be checked"),
