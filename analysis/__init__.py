@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from analysis.alignment import alignment, full_alignment, layer_alignment
     from analysis.complexity import complexity
+    from analysis.compute import computing
     from analysis.distance import cka, kernel_distance, kernel_velocity, polar
     from analysis.eigenspace import eigenspace, eigenspace_overlap
     from analysis.energy import energy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "alignment": ["alignment", "full_alignment", "layer_alignment"],
     "complexity": ["complexity"],
+    "compute": ["computing"],
     "distance": ["cka", "kernel_distance", "kernel_velocity", "polar"],
     "eigenspace": ["eigenspace", "eigenspace_overlap"],
     "energy": ["energy"],
@@ -46,10 +48,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "alignment", "at_loss", "cka", "complexity", "eigenspace", "eigenspace_overlap", "energy", "full_alignment",
-    "gap_bound", "held_out", "held_out_alignment", "held_out_error", "join", "kernel", "kernel_distance",
-    "kernel_regression", "kernel_velocity", "layer_alignment", "layers", "open_run", "open_sweep", "phase_summary",
-    "phases", "polar", "sharpness_gap", "specialisation", "top_mass", "trace_ratio",
+    "alignment", "at_loss", "cka", "complexity", "computing", "eigenspace", "eigenspace_overlap", "energy",
+    "full_alignment", "gap_bound", "held_out", "held_out_alignment", "held_out_error", "join", "kernel",
+    "kernel_distance", "kernel_regression", "kernel_velocity", "layer_alignment", "layers", "open_run", "open_sweep",
+    "phase_summary", "phases", "polar", "sharpness_gap", "specialisation", "top_mass", "trace_ratio",
 ]  # fmt: skip
 
 

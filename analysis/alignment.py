@@ -25,8 +25,7 @@ from analysis.kernels import layers
 from analysis.rows import described, require
 from analysis.spectra import effective_rank, normalised_eigenvalue
 from pipeline.errors import InputError
-
-MOST_EXAMPLES = 10_000  # beyond it all eigenvalues of a kernel take minutes and gigabytes
+from pipeline.schema import TILED
 
 
 def alignment(ds: xr.Dataset) -> xr.Dataset:
@@ -65,7 +64,7 @@ def alignment(ds: xr.Dataset) -> xr.Dataset:
         )
     if "eigenvalue" in ds and ("frobenius_norm" in ds or "ntk" in ds):
         found["normalised_eigenvalue"] = normalised_eigenvalue(ds["eigenvalue"], _norm(ds))
-    if "ntk" in ds and ds.sizes["sample"] < MOST_EXAMPLES:
+    if "ntk" in ds and ds.sizes["sample"] < TILED:
         found["effective_rank"] = effective_rank(ds["ntk"])
     if not found:
         raise InputError(

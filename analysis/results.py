@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import evolution
+from analysis.compute import task_bytes, tasks_at_once, threads_for
 from analysis.tables import LEADING, at
 from pipeline.disk import Door, Location, door, location
 from pipeline.errors import DamagedStore, InputError, MissingError
@@ -164,12 +165,13 @@ def analyze(
     runs = list_runs(root)
     wanted = [(name, run) for name in names for run in runs if _has_input(name, run)]
     stale = [(name, run) for name, run in wanted if _path(root, name, run) not in before]
-    size = 2 * (os.cpu_count() or 1)
     damaged = set()
-    for start in range(0, len(stale), size):
-        name, run = stale[start]
-        progress(start / len(stale), f"{name} of {run.run_id}")
-        damaged |= _compute(root, stale[start : start + size])
+    with threads_for(task_bytes(run for _, run in stale)):
+        size = 2 * tasks_at_once()
+        for start in range(0, len(stale), size):
+            name, run = stale[start]
+            progress(start / len(stale), f"{name} of {run.run_id}")
+            damaged |= _compute(root, stale[start : start + size])
     current = {_path(root, name, run) for name, run in wanted}
     for path in before - current:
         directory, key = _at(path)
@@ -197,8 +199,11 @@ def result(root: str | os.PathLike[str], measure: str, run_id: str) -> "xr.Datas
     if not _has_input(measure, run):
         groups = " or ".join(MEASURES[measure].groups)
         raise MissingError(f"{run.run_id} has no committed row in {groups}, which {measure} needs")
-    if not _is_there(_path(root, measure, run)) and _compute(root, [(measure, run)]):
-        raise DamagedStore(f"{run.run_id} is damaged: `ntk-eos verify {root} {run.run_id} --deep` says where")
+    if not _is_there(_path(root, measure, run)):
+        with threads_for(task_bytes([run])):
+            damaged = _compute(root, [(measure, run)])
+        if damaged:
+            raise DamagedStore(f"{run.run_id} is damaged: `ntk-eos verify {root} {run.run_id} --deep` says where")
     return read(_path(root, measure, run))
 
 
@@ -267,12 +272,10 @@ def _compute(root: str | os.PathLike[str], batch: Sequence[tuple[str, Run]]) -> 
         Measure and name of the runs that are damaged; they are told in the log and keep none of the others back.
     """
     import dask
-    from threadpoolctl import threadpool_limits
 
     try:
         lazy = [MEASURES[name].compute(run) for name, run in batch]
-        with threadpool_limits(1):  # BLAS threads below Dask's threads would fight for the cores
-            computed = dask.compute(*lazy)
+        computed = dask.compute(*lazy)
     except DamagedStore as error:
         if len(batch) > 1:
             return set().union(*(_compute(root, [one]) for one in batch))

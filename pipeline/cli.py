@@ -159,6 +159,30 @@ catalog_option = click.option(
     "--catalog", metavar="FILE", expose_value=False, callback=_set_catalog, type=click.Path(dir_okay=False),
     help="Keep the catalogue in this file [default: in ROOT, or in the user's cache for a URL].",
 )  # fmt: skip
+
+
+def _compute_on(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    if ctx.meta.setdefault("computing", param.name) != param.name:
+        raise click.UsageError("--scheduler and --memory: give one; `dask worker --memory-limit` gives a cluster's")
+    from analysis import computing
+
+    ctx.with_resource(computing(**{str(param.name): value}))
+
+
+def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the analysis computes, shared by the commands that bring it up to date."""
+    for option in (
+        click.option("--scheduler", metavar="ADDRESS", expose_value=False, callback=_compute_on,
+                     help="Compute on this Dask cluster, such as tcp://host:8786."),
+        click.option("--memory", metavar="SIZE", expose_value=False, callback=_compute_on,
+                     help="Budget of the threads of this machine, such as 2GiB [default: half of what is free]."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 
@@ -593,6 +617,7 @@ def _status_row(path: "Location") -> dict[str, Any]:
 @main.command(epilog=example("ntk-eos analyze digits", "ntk-eos analyze stores/mine --json"))
 @root_argument
 @json_option
+@compute_options
 @catalog_option
 @quiet_option
 @click.pass_context
@@ -609,9 +634,11 @@ def analyze(ctx: click.Context, root: str, as_json: bool, quiet: bool) -> None:
 
 
 def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
-    from analysis import catalog, results
+    from analysis import catalog, compute, results
 
     with console.Progress(f"analysing {root}", quiet) as progress:
+        if (link := compute.dashboard()) is not None:
+            progress.say(f"dashboard: {link}")
         summary = results.analyze(root, progress=progress.update)
         catalog.sync(root)
         if all(row["state"] == "fresh" for row in summary):
@@ -624,6 +651,7 @@ def _analyze(root: str, quiet: bool) -> list[dict[str, Any]]:
 @click.argument("query")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
+@compute_options
 @catalog_option
 @quiet_option
 def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None:
@@ -654,6 +682,7 @@ def sql(root: str, query: str, as_csv: bool, as_json: bool, quiet: bool) -> None
 @click.option("--format", "formats", multiple=True, type=click.Choice(["png", "svg"]), default=("png", "svg"),
               show_default=True)  # fmt: skip
 @json_option
+@compute_options
 @catalog_option
 @quiet_option
 def plot(
@@ -673,6 +702,7 @@ def plot(
 @main.command(epilog=example("ntk-eos report digits", "ntk-eos report digits --out digits.html"))
 @root_argument
 @click.option("--out", type=click.Path(dir_okay=False), help="File [default: ROOT/report.html].")
+@compute_options
 @quiet_option
 def report(root: str, out: str | None, quiet: bool) -> None:
     """Write one self-contained HTML page with figures, claims, runs and provenance; print its path."""
@@ -689,6 +719,7 @@ def _write_report(root: str, out: str | None, quiet: bool) -> "Location":
 @main.command(epilog=example("ntk-eos claims digits", "ntk-eos claims digits --json"))
 @root_argument
 @json_option
+@compute_options
 @catalog_option
 @quiet_option
 @click.pass_context

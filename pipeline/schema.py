@@ -29,6 +29,8 @@ CONVENTIONS = "CF-1.11 NTK-EOS-1"
 # Rows that share a chunk. Small arrays share chunks, which are replaced whole at each commit.
 TRAIN_ROWS, SCALAR_ROWS, EIGENVALUE_ROWS = 4096, 1024, 64
 BAND_BYTES = 16 * 2**20
+# From this n on a kernel is stored in square tiles of this side, and `ntk-eos kernel` computes it tile by tile.
+TILED, TILE = 10_000, 2048
 
 
 @dataclass(frozen=True)
@@ -351,12 +353,12 @@ def chunk_shape(variable: Variable, shape: tuple[int, ...], itemsize: int) -> tu
     """Chunk shape of a growing array whose rows have `shape[1:]`.
 
     Shared chunks hold `rows_per_chunk` whole rows. A row that owns its chunks is cut along its first axis into
-    bands of at most `BAND_BYTES`; a square matrix of side 10,000 or more into tiles of 2048, so that one task can
-    write a tile and its mirror.
+    bands of at most `BAND_BYTES`; a square matrix of side `TILED` or more into tiles of side `TILE`, so that one task
+    can write a tile and its mirror.
     """
     if variable.rows_per_chunk is not None:
         return (variable.rows_per_chunk, *shape[1:])
-    if len(shape) == 3 and shape[1] == shape[2] >= 10_000:
-        return (1, 2048, 2048)
+    if len(shape) == 3 and shape[1] == shape[2] >= TILED:
+        return (1, TILE, TILE)
     per_line = itemsize * int(np.prod(shape[2:], dtype=np.int64))
     return (1, max(1, min(shape[1], BAND_BYTES // max(per_line, 1))), *shape[2:])

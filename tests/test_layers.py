@@ -32,7 +32,7 @@ LAYERS = {
         "cli",
     ],
     "analysis": [
-        "rows tables claims",
+        "rows tables claims compute",
         "load",
         "linalg kernels",
         "spectra",
