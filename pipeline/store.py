@@ -44,6 +44,7 @@ MARKS = (RECORD, HEARTBEAT)
 FINAL = ("complete", "diverged")
 RECORD_LIMIT = 64 * 2**20
 UNCHECKED_BYTES = 256 * 2**20
+BAND_BYTES = 64 * 2**20  # of a kernel in tiles that are read at once to be hashed
 
 Row = Mapping[str, Any]
 
@@ -60,14 +61,120 @@ def blake(*parts: bytes) -> bytes:
     return digest.digest()
 
 
+@dataclass(frozen=True)
+class InChunks:
+    """A row's value of one array as its chunks hold it: what is too large for memory is written and read by chunks.
+
+    Attributes:
+        directory: the run's folder.
+        name: group and variable, such as `snapshots/ntk`.
+        row: which row of the array.
+        shape: of the value.
+        chunks: shape of a chunk of it.
+        dtype: of its numbers.
+    """
+
+    directory: Door
+    name: str
+    row: int
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def grid(self) -> Iterator[tuple[int, ...]]:
+        """Indices of all chunks of the value."""
+        return zarr3.grid(self.shape, self.chunks)
+
+    def region(self, index: tuple[int, ...]) -> tuple[slice, ...]:
+        """Where in the value a chunk lies."""
+        axes = zip(index, self.chunks, self.shape, strict=True)
+        return tuple(slice(i * chunk, min((i + 1) * chunk, size)) for i, chunk, size in axes)
+
+    def key(self, index: tuple[int, ...]) -> str:
+        """The file of a chunk, relative to the run's folder."""
+        return f"{self.name}/{zarr3.chunk_key((self.row, *index))}"
+
+    def put(self, index: tuple[int, ...], block: NDArray[Any]) -> None:
+        """Write one chunk; nobody sees it before the row is committed.
+
+        Raises:
+            NonFiniteRow: if a number is not finite as it would be stored.
+        """
+        with np.errstate(over="ignore"):  # what is finite in float64 may not be in float32
+            block = block.astype(self.dtype, copy=False)
+        if not np.isfinite(block).all():
+            raise NonFiniteRow(f"chunk {index} of {self.name} is not finite")
+        self.directory.put(self.key(index), zarr3.encode(zarr3.padded(block, self.chunks)[None]))
+
+    def get(self, index: tuple[int, ...]) -> NDArray[Any]:
+        """Read one chunk, without what fills it up at the edge.
+
+        Raises:
+            DamagedStore: naming the file, if it is missing or does not decode.
+        """
+        key = self.key(index)
+        chunk = _chunk(self.directory, key, self.dtype, (1, *self.chunks))[0]
+        return chunk[tuple(slice(part.stop - part.start) for part in self.region(index))]
+
+    def bands(self) -> Iterator[NDArray[Any]]:
+        """All numbers in C order, as consecutive lines of the first axis, of about `BAND_BYTES` or one chunk.
+
+        Chunks beside each other are read as often as their lines do not fit into one band.
+        """
+        first, *others = self.chunks
+        across = list(zarr3.grid(self.shape[1:], tuple(others)))
+        for i in range(-(-self.shape[0] // first)):
+            if len(across) == 1:
+                yield self.get((i, *across[0]))
+                continue
+            height = min(first, self.shape[0] - i * first)
+            line = self.dtype.itemsize * math.prod(self.shape[1:])
+            for low in range(0, height, step := max(1, BAND_BYTES // line)):
+                _check_backed(self.directory, self.name, min(step, height) * line, (self.key((i, *j)) for j in across))
+                band = np.empty((min(step, height - low), *self.shape[1:]), self.dtype)
+                for index in across:
+                    band[(slice(None), *self.region((i, *index))[1:])] = self.get((i, *index))[low : low + step]
+                yield band
+
+
+def _chunk(directory: Door, key: str, dtype: np.dtype[Any], chunks: tuple[int, ...]) -> NDArray[Any]:
+    """Read one chunk file.
+
+    Raises:
+        DamagedStore: naming the file, if it is missing or does not decode.
+    """
+    try:
+        data = directory.get(key, limit=math.prod(chunks) * dtype.itemsize + zarr3.OVERHEAD)
+        return zarr3.decode(data, dtype, chunks)
+    except DamagedStore as error:
+        raise DamagedStore(f"{directory.path / key}: {error}") from error
+    except (MissingError, InputError) as error:
+        raise DamagedStore(str(error)) from error
+
+
+def _check_backed(directory: Door, name: str, wanted: int, keys: Iterable[str]) -> None:
+    """Refuse to make room for more bytes of an array than the files of these keys can hold."""
+    if wanted <= UNCHECKED_BYTES:
+        return
+    held = zarr3.MOST_EXPANSION * sum(directory.size(key) or 0 for key in keys)
+    if wanted > held:
+        raise DamagedStore(f"{directory.path / name}: its files can hold {held} bytes, not the {wanted} of these rows")
+
+
+def add_to_digest(digest: "hashlib.blake2b", group: str, name: str, value: Any) -> None:
+    """Feed a row's digest with one of its values, an `InChunks` or an array."""
+    value = value if isinstance(value, InChunks) else np.asarray(value)
+    digest.update(f"{group}\0{name}\0{value.dtype.name}\0{value.shape}\0".encode())
+    for part in value.bands() if isinstance(value, InChunks) else (value,):
+        digest.update(np.ascontiguousarray(part, dtype=value.dtype.newbyteorder("<")).data)
+
+
 def row_digest(group: str, variables: Iterable[Variable], row: Row) -> bytes:
     """Digest of one row of a group; volatile variables do not count."""
     digest = hashlib.blake2b(digest_size=16)
     for variable in variables:
         if not variable.volatile:
-            value = np.asarray(row[variable.name])
-            digest.update(f"{group}\0{variable.name}\0{value.dtype.name}\0{value.shape}\0".encode())
-            digest.update(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).data)
+            add_to_digest(digest, group, variable.name, row[variable.name])
     return digest.digest()
 
 
@@ -230,6 +337,13 @@ class Run:
             if name.startswith(f"{group}/") and node["node_type"] == "array"
         }
 
+    def in_chunks(self, name: str, row: int) -> InChunks:
+        """One row's value of an array whose rows own their chunks, to be read chunk by chunk."""
+        node = self.node(name)
+        _, *chunks = node["chunk_grid"]["configuration"]["chunk_shape"]
+        kind = np.dtype(node["data_type"])
+        return InChunks(door(self.path), name, row, tuple(node["shape"][1:]), tuple(chunks), kind)
+
     def read(
         self, name: str, start: int = 0, stop: int | None = None, within: Sequence[tuple[int, int]] = ()
     ) -> NDArray[Any]:
@@ -244,22 +358,17 @@ class Run:
         Raises:
             DamagedStore: naming the file, if a chunk is missing or does not decode.
         """
-        node = self.node(name)
-        shape = node["shape"]
+        directory, node = door(self.path), self.node(name)
+        shape, dtype = node["shape"], np.dtype(node["data_type"])
         chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
         stop = shape[0] if stop is None else min(stop, shape[0])
         bounds = [(start, max(start, stop)), *within, *((0, size) for size in shape[1 + len(within) :])]
-        self._check_backed(name, bounds, chunks)
-        out = np.empty([high - low for low, high in bounds], dtype=node["data_type"])
+        sizes = [high - low for low, high in bounds]
+        keys = (f"{name}/{zarr3.chunk_key(index)}" for index in zarr3.window(bounds, chunks))
+        _check_backed(directory, name, math.prod(sizes) * dtype.itemsize, keys)
+        out = np.empty(sizes, dtype)
         for index in zarr3.window(bounds, chunks):
-            key = f"{name}/{zarr3.chunk_key(index)}"
-            try:
-                data = door(self.path).get(key, limit=math.prod(chunks) * out.itemsize + zarr3.OVERHEAD)
-                chunk = zarr3.decode(data, out.dtype, chunks)
-            except DamagedStore as error:
-                raise DamagedStore(f"{self.path / key}: {error}") from error
-            except (MissingError, InputError) as error:
-                raise DamagedStore(str(error)) from error
+            chunk = _chunk(directory, f"{name}/{zarr3.chunk_key(index)}", dtype, chunks)
             here, there = [], []
             for (low, high), i, size in zip(bounds, index, chunks, strict=True):
                 first, last = max(low, i * size), min(high, (i + 1) * size)
@@ -267,16 +376,6 @@ class Run:
                 there.append(slice(first - i * size, last - i * size))
             out[tuple(here)] = chunk[tuple(there)]
         return out
-
-    def _check_backed(self, name: str, bounds: Sequence[tuple[int, int]], chunks: tuple[int, ...]) -> None:
-        """Refuse to make room for values that the files of an array cannot hold."""
-        wanted = math.prod(high - low for low, high in bounds) * np.dtype(self.node(name)["data_type"]).itemsize
-        if wanted <= UNCHECKED_BYTES:
-            return
-        files = (door(self.path).size(f"{name}/{zarr3.chunk_key(index)}") for index in zarr3.window(bounds, chunks))
-        held = zarr3.MOST_EXPANSION * sum(size or 0 for size in files)
-        if wanted > held:
-            raise DamagedStore(f"{self.path / name}: its files can hold {held} bytes, not the {wanted} of these rows")
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -376,11 +475,12 @@ class _Array:
             (rows, *self.row_shape), self.dtype, self.chunks, self.variable.dims, self.attributes
         )
 
-    def chunk_files(self, first: int, rows: list[NDArray[Any]]) -> Iterator[tuple[str, bytes]]:
+    def chunk_files(self, first: int, rows: list[Any]) -> Iterator[tuple[str, bytes]]:
         """Keys and bytes of all chunk files that change when `rows` are appended at row `first`."""
         if self.variable.rows_per_chunk is None:
             for offset, row in enumerate(rows):
-                for index, block in zarr3.split(row, self.chunks[1:]):
+                # What is in chunks is in the store already.
+                for index, block in () if isinstance(row, InChunks) else zarr3.split(row, self.chunks[1:]):
                     yield f"{self.name}/{zarr3.chunk_key((first + offset, *index))}", zarr3.encode(block[None])
             return
         per_chunk = self.chunks[0]
@@ -559,16 +659,28 @@ class Writer:
             digest = row_digest(group, self._variables[group], row)
             self._head = blake(self._head, digest)
             self._pending[group].append({**row, "digest": np.frombuffer(digest, np.uint8)})
-            self.pending_bytes += sum(value.nbytes for value in row.values())
+            self.pending_bytes += sum(value.nbytes for value in row.values() if not isinstance(value, InChunks))
         self._attrs["last_step"] = step
 
-    def _checked(self, group: str, step: int, row: Row) -> dict[str, NDArray[Any]]:
-        checked = {}
+    def in_chunks(self, group: str, name: str) -> InChunks:
+        """The value of a variable in the next row of a group, to be put chunk by chunk before `append` is given it."""
+        array = next(array for array in self._arrays[group] if array.variable.name == name)
+        row = self._lengths[group] + len(self._pending[group])
+        return InChunks(self.directory, array.name, row, array.row_shape, array.chunks[1:], array.dtype)
+
+    def _checked(self, group: str, step: int, row: Row) -> dict[str, Any]:
+        checked: dict[str, Any] = {}
         for array in self._arrays[group][:-1]:
+            given = row[array.variable.name]
+            if isinstance(given, InChunks):
+                if given != self.in_chunks(group, array.variable.name):
+                    raise ValueError(f"{array.name} at step {step}: its chunks are of another row or shape")
+                checked[array.variable.name] = given  # each chunk was looked at when it was put
+                continue
             # A kernel that is finite in float64 may not be in float32.
             # Always a copy: the caller may reuse its buffer before the commit.
             with np.errstate(over="ignore"):
-                value = np.asarray(row[array.variable.name]).astype(array.dtype)
+                value = np.asarray(given).astype(array.dtype)
             if value.shape != array.row_shape:
                 raise ValueError(f"{array.name} at step {step}: shape {value.shape}, planned {array.row_shape}")
             if value.dtype.kind == "f" and not np.isfinite(value).all():
