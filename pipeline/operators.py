@@ -118,6 +118,65 @@ class NTKOperator(ModelOperator):
         return self if self._left is self._right else super()._adjoint()
 
 
+class BlockedNTK:
+    """Products with the NTK of more examples than a graph has room for: v -> J (Jᵀ v), some examples at a time.
+
+    Each product makes the graph of every block of examples twice, for Jᵀ and for J, whatever the number of vectors.
+
+    Args:
+        model: maps (n, ...) to (n, c).
+        x: examples.
+        at_once: examples of a block.
+        memory: bytes that the vectors Jᵀ v may take; more of them are multiplied one after the other.
+
+    Attributes:
+        shape: (nc, nc), of the kernel of all outputs.
+        like: a tensor of the dtype and on the device on which `apply` works.
+
+    Raises:
+        InputError: if the model has nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, at_once: int, memory: int = 2**27) -> None:
+        self._model, self._parameters, self._memory = model, _trained(model), memory
+        self._blocks = x.split(at_once)
+        with torch.no_grad():
+            self._c = model(x[:1]).shape[1]
+        self._n = len(x)
+        self.like = self._parameters[0].detach()
+        self.shape = (self._n * self._c, self._n * self._c)
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """K v (nc,) of the kernel of all outputs, ordered by example, then output."""
+        return self._products(vector.view(1, self._n, self._c)).view(-1)
+
+    def traced(self, vectors: Tensor) -> Tensor:
+        """V K (b, n) of vectors (b, n) and the kernel summed over outputs, Σ_a K_aa."""
+        found = torch.zeros_like(vectors)
+        step = max(1, self._memory // (_count(self._parameters) * self.like.element_size()))
+        for output in range(self._c):
+            for few, sums in zip(vectors.split(step), found.split(step), strict=True):
+                weights = few.new_zeros(*few.shape, self._c)
+                weights[:, :, output] = few
+                sums += self._products(weights)[:, :, output]
+        return found
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        """J Jᵀ v (b, n, c) of vectors (b, n, c)."""
+        at = [len(block) for block in self._blocks]
+        pulled = self.like.new_zeros(len(vectors), _count(self._parameters))
+        for block, weights in zip(self._blocks, vectors.split(at, dim=1), strict=True):
+            jacobian = _Jacobian(self._model, self._parameters, block)
+            for row, weight in zip(pulled, weights, strict=True):
+                row += jacobian.transposed_times(weight.reshape(-1))
+        found = torch.empty_like(vectors)
+        for block, part in zip(self._blocks, found.split(at, dim=1), strict=True):
+            jacobian = _Jacobian(self._model, self._parameters, block)
+            for one, row in zip(part, pulled, strict=True):
+                one.copy_(jacobian.times(row).view(one.shape))
+        return found
+
+
 class GaussNewtonOperator(ModelOperator):
     """v -> Jᵀ (∂²L/∂f²) (J v), the Hessian less the curvature of the model.
 

@@ -46,6 +46,9 @@ BLOCKS, CYCLES = 8, 3
 # bulk of eigenvalues, as on inputs of white noise, LAPACK is faster.
 HOPELESS = 1e-4
 
+# The same where there is no LAPACK to take over: 96 products at most.
+PATIENCE = 12
+
 # Blocks before the first test: fewer are enough only for tolerances so loose that pairs are missed.
 FIRST_TEST = 3
 
@@ -164,8 +167,11 @@ def eigenpairs(
         raise InputError(f"tolerance = {tolerance}: must be above 0 and below 1")
     if n <= DENSE or k > FEW * n:
         return _by_lapack(matrix, k)
-    block = _start(start, n, k + GUARDS)
-    found = _by_krylov(matrix, norm, block, k, tolerance) if 1e-140 < norm < 1e140 else None
+    block, found = _start(start, n, k + GUARDS), None
+    if 1e-140 < norm < 1e140:
+        scale = math.ldexp(1.0, _exponent(norm))
+        product = _product(matrix, 1 / scale, np.dtype(np.float32 if tolerance >= ROUNDED else np.float64))
+        found = _by_krylov(product, scale, block, k, tolerance)
     return _by_lapack(matrix, k, GUARDS) if found is None else found
 
 
@@ -183,12 +189,66 @@ def _by_lapack(matrix: Array, k: int, guards: int = 0) -> Eigenpairs:
     return Eigenpairs(values, vectors, np.linalg.norm(residuals, axis=0) * scale, 0, start)
 
 
-def _by_krylov(matrix: Array, norm: float, block: Array, k: int, tolerance: float) -> Eigenpairs | None:
-    """The pairs from Krylov spaces of at most `BLOCKS` blocks, or None if `CYCLES` of them do not suffice."""
+def leading_pairs(
+    product: Callable[[Array], Array], n: int, k: int, norm: float, *, tolerance: float = PRECISE
+) -> Eigenpairs:
+    """The k leading eigenpairs of a kernel that is known by its products alone, as one larger than memory.
+
+    The method is that of `eigenpairs`, from random vectors, with more patience, as there is no LAPACK to fall back on.
+    In memory: about 2 x 8 blocks of k + 8 vectors of n numbers.
+
+    Args:
+        product: V (b, n) -> V K, in float64.
+        n: examples.
+        k: number of pairs, at most n / 10 from n = 601 on.
+        norm: ‖K‖ or any number of its size, such as tr K.
+        tolerance: bound on ‖K v_i - λ_i v_i‖ / λ_1 for all k pairs.
+
+    Returns:
+        The pairs; residuals are above the tolerance only if the products ran out, some 100 blocks of them.
+
+    Raises:
+        InputError: if k or the tolerance does not fit.
+        NonFiniteKernel: if a product is not finite.
+    """
+    if not 1 <= k <= n or (n > DENSE and k > FEW * n):
+        most = n if n <= DENSE else int(FEW * n)
+        raise InputError(f"k = {k} eigenpairs of a kernel that is not in memory, n = {n}: must be from 1 to {most}")
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance = {tolerance}: must be above 0 and below 1")
+
+    def finite(rows: Array) -> Array:
+        images = product(rows)
+        if not np.isfinite(images).all():
+            raise NonFiniteKernel("a product with the kernel is not finite: the run diverged")
+        return images
+
+    if n <= DENSE:
+        return _by_lapack(finite(np.eye(n)), k)
     scale = math.ldexp(1.0, _exponent(norm))
-    product = _product(matrix, 1 / scale, np.dtype(np.float32 if tolerance >= ROUNDED else np.float64))
-    blocks = min(BLOCKS, len(matrix) // (2 * len(block)))
-    for cycle in range(CYCLES):
+    block = _start(None, n, k + GUARDS)
+    found = _by_krylov(lambda rows: finite(rows * (1 / scale)), scale, block, k, tolerance, patient=True)
+    if found is None:
+        raise NtkEosError(f"the {k} leading eigenvectors of the kernel lost their orthogonality: ask for fewer pairs")
+    return found
+
+
+def _by_krylov(
+    product: Callable[[Array], Array], scale: float, block: Array, k: int, tolerance: float, *, patient: bool = False
+) -> Eigenpairs | None:
+    """The pairs from Krylov spaces of at most `BLOCKS` blocks.
+
+    Args:
+        product: Q -> Q K / scale.
+        scale: a power of two of the size of K.
+        block: orthonormal rows to begin with.
+        k: number of pairs.
+        tolerance: as of `eigenpairs`.
+        patient: take what `PATIENCE` spaces give; otherwise the result is None if `CYCLES` of them do not suffice.
+    """
+    blocks = min(BLOCKS, block.shape[1] // (2 * len(block)))
+    cycles = PATIENCE if patient else CYCLES
+    for cycle in range(cycles):
         space = _Krylov(product, block, blocks)
         for used in range(1, blocks + 1):
             space.grow()
@@ -198,10 +258,11 @@ def _by_krylov(matrix: Array, norm: float, block: Array, k: int, tolerance: floa
             allowed = tolerance * space.radius
             # A guard that may belong among the k, as far as its own residual tells, is given time to get there.
             rising = (values + residuals)[k:].max() > values[k - 1] + allowed
-            if residuals[:k].max() <= allowed and not rising:
+            exhausted = patient and (cycle, used) == (cycles - 1, blocks)
+            if (residuals[:k].max() <= allowed and not rising) or exhausted:
                 iterations = cycle * blocks + used
                 return _certified(values[:k] * scale, residuals[:k] * scale, space.vectors(len(block)), iterations)
-        if residuals[:k].max() > HOPELESS * space.radius:
+        if residuals[:k].max() > HOPELESS * space.radius and not patient:
             return None
         block = _orthonormal(space.vectors(len(block)))
     return None

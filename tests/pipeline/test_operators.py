@@ -10,7 +10,7 @@ from scipy.sparse.linalg import eigsh
 
 from pipeline.errors import InputError
 from pipeline.losses import mse
-from pipeline.operators import GaussNewtonOperator, HessianOperator, NTKOperator, Preconditioned
+from pipeline.operators import BlockedNTK, GaussNewtonOperator, HessianOperator, NTKOperator, Preconditioned
 from pipeline.spectra import as_matrix, lanczos
 
 
@@ -243,3 +243,16 @@ def test_the_pulled_back_eigenvector_of_the_kernel_is_a_good_first_vector():
     found = lanczos(GaussNewtonOperator(model, mse, x, y), start=start, tolerance=1e-8)
     assert found.products == 1  # there it is the eigenvector itself
     assert float(found.values[0]) == pytest.approx(values[-1] / 40, rel=1e-10)
+
+
+@given(shapes=st.fixed_dictionaries(SHAPES), at_once=st.integers(1, 7), memory=st.integers(0, 2000))
+@settings(deadline=None, max_examples=20)
+def test_products_in_blocks_of_examples_are_those_of_the_kernel(shapes, at_once, memory):
+    model, x, _ = problem(**shapes)
+    full = oracles.ntk(model, x)
+    operator = BlockedNTK(model, x, at_once, memory)
+    vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(3, len(x))))
+    close = {"rtol": 1e-9, "atol": 1e-11}
+    np.testing.assert_allclose(operator.traced(vectors), vectors.numpy() @ oracles.trace(full), **close)
+    one = torch.from_numpy(np.random.default_rng(1).normal(size=operator.shape[0]))
+    np.testing.assert_allclose(operator.apply(one), as_matrix(full) @ one.numpy(), **close)

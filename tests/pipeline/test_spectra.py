@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from pipeline import spectra
 from pipeline.errors import InputError, NtkEosError
 from pipeline.kernels import NTK
-from pipeline.spectra import DENSE, GUARDS, NonFiniteKernel, as_matrix, eigenpairs, lanczos, top_eigenvalue
+from pipeline.spectra import (
+    DENSE,
+    GUARDS,
+    NonFiniteKernel,
+    as_matrix,
+    eigenpairs,
+    lanczos,
+    leading_pairs,
+    top_eigenvalue,
+)
 
 
 def orthogonal(n, seed=0):
@@ -487,3 +496,53 @@ def test_no_solver_is_called_on_a_kernel_that_is_not_finite(monkeypatch, value, 
 def test_a_kernel_that_is_not_square(shape, solve):
     with pytest.raises(InputError, match=r"a kernel of shape .*: must be square and not empty"):
         solve(np.ones(shape))
+
+
+# --- kernels that are known by their products ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["power law", "double top", "rank one", "zeros", "tiny"])
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (700, 20)], ids=str)
+def test_leading_pairs_by_products_alone(case, n, k):
+    kernel = CASES[case](n)
+    found = leading_pairs(lambda rows: rows @ kernel, n, k, np.trace(np.abs(kernel)))
+    expected = np.linalg.eigh(kernel)[0][::-1][:k]
+    scale = max(np.abs(expected).max(), 1e-300)
+    np.testing.assert_allclose(found.values / scale, expected / scale, atol=1e-12)
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(k), atol=1e-11)
+    np.testing.assert_allclose(
+        np.linalg.norm(kernel / scale @ found.vectors - found.vectors * (found.values / scale), axis=0),
+        found.residuals / scale,
+        atol=1e-13,
+    )
+    assert found.residuals.max() <= spectra.PRECISE * scale
+
+
+def test_products_that_run_out_leave_residuals_above_the_tolerance(monkeypatch):
+    monkeypatch.setattr(spectra, "PATIENCE", 1)
+    kernel = CASES["flat"](700)
+    found = leading_pairs(lambda rows: rows @ kernel, 700, 20, 1.0)
+    assert found.iterations == spectra.BLOCKS
+    assert found.residuals.max() > spectra.PRECISE
+    errors = np.abs(found.values[:, None] - np.linspace(1, 0.99, 700)).min(axis=1)
+    assert (errors <= found.residuals + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "tolerance", "message"),
+    [
+        (700, 71, 1e-8, "k = 71 eigenpairs of a kernel that is not in memory, n = 700: must be from 1 to 70"),
+        (20, 21, 1e-8, "must be from 1 to 20"),
+        (20, 0, 1e-8, "must be from 1 to 20"),
+        (20, 2, 1.0, "tolerance = 1.0: must be above 0 and below 1"),
+    ],
+)
+def test_what_leading_pairs_cannot_do(n, k, tolerance, message):
+    with pytest.raises(InputError, match=message):
+        leading_pairs(lambda rows: pytest.fail("no product is needed"), n, k, 1.0, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("n", [5, 700])
+def test_no_solver_sees_a_product_that_is_not_finite(n):
+    with pytest.raises(NonFiniteKernel, match="a product with the kernel is not finite"):
+        leading_pairs(lambda rows: rows * np.nan, n, 2, 1.0)
