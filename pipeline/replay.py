@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ from pipeline.measure import KernelChoice, Measure, named, trained_names
 from pipeline.models import build_model
 from pipeline.provenance import provenance
 from pipeline.record import MEMORY_BUDGET, Probe
-from pipeline.store import FINAL, Run, Writer, blake, chain_seed, is_run, read_run, run_path
+from pipeline.spectra import NonFiniteKernel, leading_pairs
+from pipeline.store import FINAL, NonFiniteRow, Run, Writer, blake, chain_seed, is_run, read_run, run_path
+from pipeline.tiles import Ledger, TileMaker, product
 from pipeline.train import computing, find_device
 
 FOLDER = Path("analysis", "kernel")
 COMMIT_SECONDS = 5.0
+# What is computed in chunks where the kernel is too large for memory, and the share of the time that it takes.
+IN_CHUNKS, TILES = ("ntk", "ntk_train_cross"), 0.8
 
 # A model built again must predict what the run did, up to the rounding of another machine.
 AGREEMENT = 1e-3
@@ -100,6 +105,8 @@ def replay(
     rows = _chosen(source, at)
     config = config_of(source.attrs["identity"])
     examples = _examples(source, config, probe)
+    if layers and len(examples.arrays["input"]) >= schema.TILED:
+        raise InputError(f"layers: for fewer than {schema.TILED} examples, not {len(examples.arrays['input'])}")
     asked = {
         "kernel": table,
         "probe": examples.digest or examples.label,
@@ -276,10 +283,11 @@ def _measure_into(
     layers = identity["replay"]["layers"]
     measure = Measure(x, y, min(pairs, n), kernels=[kernel], layers=layers, outputs=outputs)
     options = {name: value for name, value in kernel.items() if name != "name"}
-    cross = None if examples.label == "train" else KERNELS[kernel["name"]](x, train, **options)
+    in_tiles = n >= schema.TILED
+    cross = None if examples.label == "train" or in_tiles else KERNELS[kernel["name"]](x, train, **options)
     left_out = {"parameter"} | (set() if examples.targets else {"target_energy"})
     names = [name for name in measure.variables["snapshots"] if name not in left_out]
-    names += ["ntk_train_cross"] if cross is not None else []
+    names += ["ntk_train_cross"] if examples.label != "train" else []
     trained = trained_names(model)
     now = provenance(
         torch=torch.__version__, threads=torch.get_num_threads(), device=str(like.device),
@@ -306,17 +314,24 @@ def _measure_into(
         },
     ) as writer:
         data = writer.checkpoint()
-        measure.restore(load_tensors(data) if data else {})
+        kept = load_tensors(data) if data else {}
+        measure.restore(kept)
         committed = time.monotonic()
         done = -1 if writer.last_step is None else writer.last_step
         left = {row: step for row, step in rows.items() if step > done}
         for number, (row, step) in enumerate(left.items()):
-            progress(number / len(left), f"step {step}")
             _load(source, model, row)
             _check_predictions(source, model, row, train)
-            values = measure.rows(model, {"snapshots"})["snapshots"]
-            if cross is not None:
-                values["ntk_train_cross"] = cross(model).numpy(force=True)
+            share = partial(_share, progress, number, len(left), f"step {step}")
+            share(0.0, "")
+            if in_tiles:
+                arrays = {name: writer.in_chunks("snapshots", name) for name in IN_CHUNKS if name in names}
+                maker = TileMaker(model, kernel, x, y, train, arrays)
+                values = _row_in_tiles(writer, maker, Ledger(step, arrays, kept), measure.dims["eig"], share)
+            else:
+                values = measure.rows(model, {"snapshots"})["snapshots"]
+                if cross is not None:
+                    values["ntk_train_cross"] = cross(model).numpy(force=True)
             known = {name: source.read(f"snapshots/{name}", row, row + 1)[0] for name in schema.ROW}
             writer.append(step, {"snapshots": {**values, **known}})
             if time.monotonic() - committed > COMMIT_SECONDS or writer.pending_bytes > MEMORY_BUDGET:
@@ -328,3 +343,38 @@ def _measure_into(
             writer.finish(source.attrs["status"], source.attrs["stop_reason"])
         else:
             writer.heartbeat("interrupted")  # what the run is: not finished, so not to be taken for it
+
+
+def _share(progress: Callable[[float, str], None], done: int, count: int, note: str, part: float, further: str) -> None:
+    progress((done + part) / count, ", ".join(filter(None, [note, further])))
+
+
+def _row_in_tiles(
+    writer: Writer, maker: TileMaker, ledger: Ledger, k: int, progress: Callable[[float, str], None]
+) -> dict[str, Any]:
+    """What is measured of a kernel that is computed tile by tile; what is done is committed every few seconds."""
+    count, tasks, committed = len(ledger.tasks), ledger.left, time.monotonic()
+    for number, task in enumerate(tasks, count - len(tasks) + 1):
+        try:
+            ledger.enter(task, maker.make(task))
+        except (NonFiniteKernel, NonFiniteRow) as error:
+            raise type(error)(f"step {ledger.step}: {error}") from error
+        progress(TILES * number / count, f"tile {number} of {count}")
+        if time.monotonic() - committed > COMMIT_SECONDS or number == count:
+            writer.commit(save_tensors(ledger.tensors()))
+            committed = time.monotonic()
+    norm, trace, energy = ledger.totals()
+    kernel = maker.arrays["ntk"]
+    pairs = leading_pairs(product(kernel), kernel.shape[0], k, norm)
+    return {
+        **maker.arrays,
+        "eigenvalue": pairs.values,
+        "eigenvector": pairs.vectors,
+        "eigenvalue_residual": pairs.residuals,
+        "solver_iterations": pairs.iterations,
+        "prediction": maker.outputs(),
+        "ntk_sharpness": maker.sharpness(pairs.values[0]),
+        "frobenius_norm": norm,
+        "trace": trace,
+        "target_energy": energy,
+    }

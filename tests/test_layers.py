@@ -27,7 +27,7 @@ LAYERS = {
         "flows",
         "measure processes",
         "record",
-        "train",
+        "train tiles",
         "plan sweep replay",
         "cli",
     ],

@@ -56,6 +56,7 @@ class NTK:
         method: "auto", or "jacobian" to take every gradient by the generic path.
         memory: bytes to work in, beside the examples and the kernel. More examples than fit at once are taken in
             blocks, whose forward and backward passes are then made once per pair of blocks.
+        keep: keep the Gram matrix of the inputs for later calls, of other kernels on the same examples too.
 
     Attributes:
         predictions: f(x1) at the last call, (n1, c); None where nothing was captured, as with method "jacobian".
@@ -80,6 +81,7 @@ class NTK:
         weights: Mapping[str, float] | None = None,
         method: Method = "auto",
         memory: int = MEMORY,
+        keep: bool = True,
     ) -> None:
         if outputs not in ("trace", "full"):
             raise InputError(f"outputs = {outputs!r}: must be 'trace' or 'full'")
@@ -91,7 +93,8 @@ class NTK:
             raise InputError(f"x1 and x2 have examples of shape {one} and {two}: must be the same")
         self._x1, self._x2, self._symmetric = x1, x1 if x2 is None else x2, x2 is None
         self._n1, self._n2 = example_count(self._x1), example_count(self._x2)
-        self._full, self._layers, self._method, self._memory = outputs == "full", layers, method, memory
+        self._full, self._layers, self._method = outputs == "full", layers, method
+        self._memory, self._keep = memory, keep
         self._weights = dict(weights or {})
         self._buffers: dict[str, Tensor] = {}
         self._digest: str | None = None
@@ -233,9 +236,9 @@ class NTK:
     def _inputs(self, like: Tensor, names: tuple[str, str | None], factors: Mapping[str, float]) -> Tensor | None:
         """w² x x'ᵀ + w_b² of the examples, kept for all steps and for other kernels on the same examples.
 
-        None if it takes more than half of the memory.
+        None if it is not to be kept, or takes more than half of the memory.
         """
-        if 2 * self._n1 * self._n2 * like.element_size() > self._memory:
+        if not self._keep or 2 * self._n1 * self._n2 * like.element_size() > self._memory:
             return None
         x1, x2 = (x.detach().flatten(1) for x in (self._x1, self._x2))
         if self._digest is None:

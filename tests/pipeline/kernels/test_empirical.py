@@ -554,6 +554,9 @@ def test_only_some_products_of_inputs_are_kept(monkeypatch):
         x = randn(40, 33, seed=seed)
         close(empirical_ntk(mlp((33, 7, 6, 1)), x), oracles.trace(oracles.ntk(mlp((33, 7, 6, 1)), x)))
     assert len(empirical._grams) == 3
+    empirical._grams.clear()
+    close(empirical_ntk(mlp((33, 7, 6, 1)), x, keep=False), oracles.trace(oracles.ntk(mlp((33, 7, 6, 1)), x)))
+    assert len(empirical._grams) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

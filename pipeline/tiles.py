@@ -1,0 +1,231 @@
+"""A kernel larger than memory: computed tile by tile into the store, and multiplied tile by tile from there.
+
+    K = | K_11            |     One task computes K_IJ, I ≥ J, and writes it and its mirror K_JI = K_IJᵀ: no chunk
+        | K_21  K_22      |     has two writers, and half of the products are saved.
+        | K_31  K_32  K_33|
+
+A tile depends on the model and its own examples alone. What is summed on the way,
+
+    ‖K‖² = Σ_IJ ‖K_IJ‖²,    tr K = Σ_I tr K_II,    Σ_c y_cᵀ K y_c = Σ_IJ Σ_c y_Icᵀ K_IJ y_Jc,
+
+is kept for each tile and added at the end, rounded once. So no bit depends on the order of the tiles, on how many
+processes made them, or on how often they were killed.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.kernels import KERNELS, NTK
+from pipeline.kernels.structure import structure
+from pipeline.operators import BlockedNTK
+from pipeline.spectra import NonFiniteKernel, lanczos
+from pipeline.store import InChunks
+
+# To work in, beside examples and tile. It decides in which parts a tile is computed, and with that its last bits.
+MEMORY = 2**28
+EXAMPLES = 1024  # taken through the model at once for its outputs
+# Of the graphs by which the examples of a block are multiplied: of each captured number about so many are in memory.
+COPIES = 8
+
+# One chunk to compute: the variable, and the index of the chunk in its value.
+Task = tuple[str, tuple[int, ...]]
+Array = NDArray[np.float64]
+
+
+def tasks_of(arrays: Mapping[str, InChunks]) -> list[Task]:
+    """All chunks that are to be computed: of `ntk` the lower triangle, whose mirrors come with it."""
+    return [(name, index) for name, array in arrays.items() for index in array.grid()
+            if name != "ntk" or index[1] <= index[0]]  # fmt: skip
+
+
+class TileMaker:
+    """Computes chunks of a kernel from a model and puts them into the store.
+
+    Args:
+        model: as it is at the row.
+        kernel: a name of `KERNELS` and its options.
+        x: the examples of the kernel (n, ...).
+        y: their targets (n, c), or None.
+        train: the examples of the columns of `ntk_train_cross`, if there is one.
+        arrays: `ntk`, and perhaps `ntk_train_cross`, in the row that is being written.
+
+    Attributes:
+        arrays: the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kernel: Mapping[str, Any],
+        x: Tensor,
+        y: Tensor | None,
+        train: Tensor,
+        arrays: Mapping[str, InChunks],
+    ) -> None:
+        self.arrays = arrays
+        self._model, self._x, self._train, self._name = model, x, train, kernel["name"]
+        self._y = None if y is None else y.numpy(force=True).astype(np.float64)
+        self._kernel = KERNELS[self._name]
+        self._options = {name: value for name, value in kernel.items() if name != "name"}
+        with torch.no_grad():
+            self._c = model(x[:1]).shape[1]
+        if self._kernel is NTK:
+            self._options |= {"memory": MEMORY, "keep": False}
+            structure(model, x)  # found on the first examples, whichever tile is the first
+
+    def make(self, task: Task) -> Array:
+        """Compute one chunk and put it, with its mirror if it is a tile of `ntk`.
+
+        Returns:
+            What tile and mirror add to ‖K‖², tr K and Σ_c y_cᵀ K y_c; zeros for a chunk of another array.
+
+        Raises:
+            NonFiniteKernel: if it is not finite.
+        """
+        name, index = task
+        array = self.arrays[name]
+        rows, columns = array.region(index)
+        others = self._x if name == "ntk" else self._train
+        diagonal = name == "ntk" and rows == columns
+        evaluate = self._kernel(self._x[rows], None if diagonal else others[columns], **self._options)
+        block = evaluate(self._model).numpy(force=True)
+        if not np.isfinite(block).all():
+            raise NonFiniteKernel(
+                f"{name} is not finite between the examples {rows.start} to {rows.stop - 1} and {columns.start} to "
+                f"{columns.stop - 1}: the run diverged, or does on these examples"
+            )
+        array.put(index, block)
+        if name == "ntk" and not diagonal:
+            array.put(index[::-1], block.T)
+        array.directory.sync()
+        return self._sums(block, rows, columns) if name == "ntk" else np.zeros(3)
+
+    def _sums(self, block: NDArray[Any], rows: slice, columns: slice) -> Array:
+        exact = block.astype(np.float64, copy=False)
+        diagonal = rows == columns
+        energy = 0.0 if self._y is None else np.einsum("nc,nc->", self._y[rows], exact @ self._y[columns])
+        times = 1.0 if diagonal else 2.0
+        return np.array([times * np.vdot(exact, exact), np.trace(exact) if diagonal else 0.0, times * energy])
+
+    def outputs(self) -> NDArray[Any]:
+        """f(x) (n, c)."""
+        with torch.no_grad():
+            return np.concatenate([self._model(few).numpy(force=True) for few in self._x.split(EXAMPLES)])
+
+    def sharpness(self, top: float) -> float:
+        """λ_1 / n of the kernel of all outputs, which no tile has, by products with it.
+
+        Args:
+            top: λ_1 of the kernel in tiles, the sum over outputs.
+        """
+        if self._name == "ntk" and self._c > 1:
+            top = lanczos(exact_products(self._model, self._x), tolerance=1e-6).values[0].item()
+        return top / len(self._x)
+
+
+class Ledger:
+    """Which chunks of a row are in the store, and what each added to the sums; it is kept in the run's checkpoint.
+
+    Args:
+        step: of the row.
+        arrays: as of `TileMaker`.
+        kept: `tensors` of an earlier ledger, or of something else.
+
+    Attributes:
+        step: the same.
+        tasks: all chunks of the row.
+    """
+
+    def __init__(self, step: int, arrays: Mapping[str, InChunks], kept: Mapping[str, Tensor]) -> None:
+        self.step = step
+        self.tasks = tasks_of(arrays)
+        self._done = np.zeros(len(self.tasks), dtype=bool)
+        self._sums = np.zeros((len(self.tasks), 3))
+        if "tiles.step" in kept and kept["tiles.step"].item() == step:
+            self._done[:], self._sums[:] = kept["tiles.done"].numpy() != 0, kept["tiles.sums"].numpy()
+            for number in np.flatnonzero(self._done):
+                name, index = self.tasks[number]
+                both = {index, index[::-1]} if name == "ntk" else {index}
+                # `repair` removes what no commit names.
+                self._done[number] = all(arrays[name].directory.size(arrays[name].key(one)) for one in both)
+
+    @property
+    def left(self) -> list[Task]:
+        """What is not in the store yet."""
+        return [task for task, done in zip(self.tasks, self._done, strict=True) if not done]
+
+    def enter(self, task: Task, sums: Array) -> None:
+        """Note that a chunk is in the store."""
+        number = self.tasks.index(task)
+        self._done[number], self._sums[number] = True, sums
+
+    def totals(self) -> tuple[float, float, float]:
+        """‖K‖, tr K and Σ_c y_cᵀ K y_c."""
+        squares, trace, energy = (math.fsum(column) for column in self._sums.T)
+        return math.sqrt(squares), trace, energy
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For the checkpoint."""
+        return {
+            "tiles.step": torch.tensor(self.step),
+            "tiles.done": torch.from_numpy(self._done.astype(np.uint8)),
+            "tiles.sums": torch.from_numpy(self._sums),
+        }
+
+
+def product(kernel: InChunks, threads: int = 1) -> Callable[[Array], Array]:
+    """V (b, n) -> V K in float64, from the tiles of the lower triangle alone.
+
+    The parts are added in one order, so the bits do not depend on the threads.
+
+    Args:
+        kernel: K, all tiles of which are in the store.
+        threads: rows of tiles that are read and multiplied at once.
+
+    Raises:
+        DamagedStore: from the product, if a tile cannot be read.
+    """
+    side = kernel.chunks[0]
+    count = -(-kernel.shape[0] // side)
+
+    def of_row(vectors: Array, i: int) -> tuple[Array, list[Array]]:
+        """V_J K_IJᵀ summed over J ≤ I, and V_I K_IJ of each J < I."""
+        rows = kernel.region((i, i))[0]
+        own, mirrored = np.zeros((len(vectors), rows.stop - rows.start)), []
+        for j in range(i + 1):
+            tile = kernel.get((i, j)).astype(np.float64)
+            own += vectors[:, j * side : (j + 1) * side] @ tile.T
+            if j < i:
+                mirrored.append(vectors[:, rows] @ tile)
+        return own, mirrored
+
+    def times(vectors: Array) -> Array:
+        images = np.zeros_like(vectors)
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            every: Iterable[tuple[Array, list[Array]]]
+            rows = range(count)
+            every = pool.map(lambda i: of_row(vectors, i), rows) if pool else (of_row(vectors, i) for i in rows)
+            for own, mirrored in every:
+                for j, part in enumerate([*mirrored, own]):
+                    images[:, j * side : (j + 1) * side] += part
+        return images
+
+    return times
+
+
+def exact_products(model: nn.Module, x: Tensor) -> BlockedNTK:
+    """Products with the NTK in float64, of a copy of the model."""
+    held = structure(model, x).held
+    device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
+    exact = copy.deepcopy(model).to(device, torch.float64)
+    examples = x.to(device, torch.float64 if x.is_floating_point() else x.dtype)
+    return BlockedNTK(exact, examples, max(1, min(EXAMPLES, MEMORY // (8 * COPIES * max(held, 2**12)))))
