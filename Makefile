@@ -5,7 +5,7 @@ PEERS := .venv-nngeometry .venv-neural-tangents
 SMOKE := .venv-plain/smoke
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test reliability soak studies lint bench bench-kernels constraints clean
+.PHONY: help demo test reliability soak studies lint bench bench-kernels scaling constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -15,9 +15,9 @@ demo: .venv/.stamp ## train the digits study, judge its claims, write its report
 	@.venv/bin/ntk-eos demo
 
 # One BLAS thread: the runs of a sweep are the parallelism, and the last bits of a sum do not depend on the machine's cores.
-test reliability soak studies bench: export OMP_NUM_THREADS = 1
-test reliability soak studies bench: export OPENBLAS_NUM_THREADS = 1
-test reliability soak studies bench: export MKL_NUM_THREADS = 1
+test reliability soak studies bench scaling: export OMP_NUM_THREADS = 1
+test reliability soak studies bench scaling: export OPENBLAS_NUM_THREADS = 1
+test reliability soak studies bench scaling: export MKL_NUM_THREADS = 1
 
 # Hypothesis' own profile ci: the same examples every time, no deadline on a busy machine. Plain pytest explores.
 # One process per core; whoever is done takes tests from the others.
@@ -62,6 +62,9 @@ lint: .venv/.stamp ## style, docstrings and types
 
 bench: .venv/.stamp ## costs as ratios, measured in one run
 	@.venv/bin/python tests/bench/run.py
+
+scaling: .venv/.stamp ## how time, memory and bytes grow: the tables of docs/scaling.md, half an hour
+	@.venv/bin/python tests/bench/scaling.py
 
 # It sets threads itself, 1 and then 2. BENCH passes options on: make bench-kernels BENCH='--rows cnn-500 --markdown t.md'.
 # Where OPENBLAS_CORETYPE is set, env -u OPENBLAS_CORETYPE make bench-kernels measures what OpenBLAS would choose.

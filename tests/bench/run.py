@@ -18,8 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
+from distributed import LocalCluster
 
+import analysis
 from analysis import catalog, results
+from analysis.alignment import centred_alignment
 from pipeline import schema
 from pipeline.config import RunConfig, load_study
 from pipeline.data import load_data
@@ -219,6 +222,40 @@ def throughput(folder: Path, n: int, count: int, repeats: int) -> Iterator[Row]:
            f"{mapped / store:.2f} of its speed, {size / mib:.2f} of its bytes")  # fmt: skip
 
 
+def anywhere(folder: Path, repeats: int) -> Iterator[Row]:
+    """The centred KTA of the kernels that `throughput` wrote: on threads and on a cluster, against a loop in numpy."""
+    root = folder / "store"
+    kernels = xr.open_zarr(root / "runs" / "run.zarr", group="snapshots", chunks=None).ntk
+    y = np.ones(kernels.sizes["sample"])
+    y[::2] = -1
+
+    def loop() -> None:
+        for index in range(kernels.sizes["step"]):
+            kernel = kernels[index].values.astype(np.float64)
+            kernel -= kernel.mean(axis=0)
+            kernel -= kernel.mean(axis=1, keepdims=True)
+            y @ kernel @ y / (np.linalg.norm(kernel) * (y @ y))
+
+    def measured() -> None:
+        ds = analysis.open_sweep(root)
+        centred_alignment(ds.assign(target=xr.zeros_like(ds.target) + xr.DataArray(y, dims="sample"))).compute()
+
+    size = kernels.nbytes / 2**20
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL") as cluster:
+
+        def on_threads() -> None:
+            with analysis.computing():
+                measured()
+
+        plain, threads = in_turn(repeats, loop, on_threads)
+        with analysis.computing(cluster.scheduler_address):
+            again, workers = in_turn(repeats, loop, measured)
+    yield ("centred KTA on threads", f"{size / threads:.0f} MiB/s", f"{size / plain:.0f} MiB/s in a loop of numpy",
+           f"{plain / threads:.2f} x its speed")  # fmt: skip
+    yield ("centred KTA on a cluster of 2", f"{size / workers:.0f} MiB/s", f"{size / again:.0f} MiB/s in the loop",
+           f"{again / workers:.2f} x its speed")  # fmt: skip
+
+
 def measure(folder: Path, quick: bool) -> Iterator[Row]:
     """All rows of the table."""
     steps, repeats, n, count = (20, 1, 100, 4) if quick else (400, 5, 1000, 20)
@@ -226,6 +263,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
     yield from analysing(folder, steps, repeats)
     yield from curvature(steps, repeats)
     yield from throughput(folder, n, count, repeats)
+    yield from anywhere(folder, repeats)
 
 
 def main() -> None:

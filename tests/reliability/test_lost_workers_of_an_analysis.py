@@ -1,0 +1,89 @@
+"""SIGKILL of Dask workers while they compute: every measure has the bits of one that was computed alone."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dask
+import pytest
+from anywhere import GROUPS, assert_same_bits, measure_of, store_with_everything
+from distributed import LocalCluster
+from sizes import sizes
+
+import analysis
+from analysis import results
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return store_with_everything(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two worker processes, which their nannies start again; a task may be lost with any number of them.
+
+    A worker that wants the result of one that is gone waits for as long as it may take to connect: not half a minute.
+    """
+    options = {"distributed.scheduler.allowed-failures": 1000, "distributed.comm.timeouts.connect": "5s"}
+    with (
+        dask.config.set(options),
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
+    ):
+        yield cluster
+
+
+@contextmanager
+def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
+    """SIGKILL of a random worker, a random moment after all are there; yields the processes that were hit."""
+    dice, killed, stop = random.Random(seed), [], threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(dice.uniform(0.1, 0.6)):
+            alive = [nanny.pid for nanny in cluster.workers.values() if nanny.pid and nanny.pid not in killed]
+            if len(alive) == len(cluster.scheduler.workers) == len(cluster.workers):
+                killed.append(dice.choice(alive))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        stop.set()
+        thread.join()
+
+
+@sizes("kills", full=20, soak=20 * len(GROUPS))
+def test_killed_workers_change_no_bit_of_a_measure(root, cluster, measured, kills):
+    with dask.config.set(scheduler="sync"):
+        alone = {name: measure_of(name, root)() for name in GROUPS}
+    computed = 0
+    with analysis.computing(cluster.scheduler_address), killing(cluster, kills) as killed:
+        while len(killed) < kills or computed < len(GROUPS):
+            name = list(GROUPS)[computed % len(GROUPS)]
+            assert_same_bits(measure_of(name, root)(), alone[name])
+            computed += 1
+    measured("R21", "measures on a cluster", measures=len(GROUPS), computed=computed, kills=len(killed), other_bits=0)
+
+
+@sizes("kills", full=5, soak=20)
+def test_killed_workers_change_no_result_of_a_store(root, cluster, measured, kills):
+    def files() -> dict[str, bytes]:
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "analysis").rglob("*.zip")}
+
+    results.analyze(root)
+    alone, rounds, started = files(), 0, time.monotonic()
+    with analysis.computing(cluster.scheduler_address), killing(cluster, kills) as killed:
+        while len(killed) < kills or not rounds:
+            for path in (root / "analysis").rglob("*.zip"):
+                path.unlink()
+            results.analyze(root)
+            assert files() == alone
+            rounds += 1
+    assert time.monotonic() - started < 600
+    measured("R21", "results of a store, by a cluster", results=len(alone) * rounds, kills=len(killed), other_bytes=0)
