@@ -6,9 +6,10 @@
             child.kill()
 
 The process has one thread when it forks, BLAS and torch included, so a child is as good as one that was started. A
-child that still runs at the end of its block is killed; none outlives the test.
+child that still runs at the end of its block is killed; none outlives the test. Children do not fsync: a SIGKILL takes
+nothing from the page cache, and a disk that others use too would be what the tests wait for.
 
-python tests/warm.py FILE FUNCTION     arguments as JSON, a call a line; prints the child's pid, then its exit code
+python tests/warm.py FILE FUNCTION [FIRST]     arguments as JSON, a call a line; prints the child's pid, then its exit code
 """
 
 import ctypes
@@ -66,10 +67,11 @@ class Warm:
     Args:
         file: a Python file.
         function: one of its functions; it takes what JSON can say.
+        first: arguments of a call before any fork, for what the function itself imports.
     """
 
-    def __init__(self, file: str, function: str) -> None:
-        self._command = [sys.executable, __file__, file, function]
+    def __init__(self, file: str, function: str, *first: Any) -> None:
+        self._command = [sys.executable, __file__, file, function, *([_json(first)] if first else [])]
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -86,12 +88,12 @@ class Warm:
 
     def call(self, *arguments: Any) -> Child:
         """Fork a child that calls the function."""
-        self._process.stdin.write(json.dumps([*map(_plain, arguments)]).encode() + b"\n")
+        self._process.stdin.write(_json(arguments).encode() + b"\n")
         return Child(self._process.stdout, int(self._process.stdout.readline()))
 
 
-def _plain(argument: Any) -> Any:
-    return os.fspath(argument) if isinstance(argument, os.PathLike) else argument
+def _json(arguments: tuple[Any, ...]) -> str:
+    return json.dumps(arguments, default=os.fspath)
 
 
 def end_with_parent() -> None:
@@ -100,11 +102,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(file: str, name: str) -> None:
+def main(file: str, name: str, *first: str) -> None:
     end_with_parent()
+    os.fsync = lambda handle: None
     spec = importlib.util.spec_from_file_location("called", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    function = getattr(module, name)
+    for line in first:
+        function(*json.loads(line))
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/task")) == 1, "a fork takes only the thread that makes it along"
     for line in sys.stdin.buffer:
@@ -114,7 +120,7 @@ def main(file: str, name: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 1
             try:
-                getattr(module, name)(*json.loads(line))
+                function(*json.loads(line))
                 code = 0
             except BaseException:
                 traceback.print_exc()
