@@ -9,7 +9,7 @@ The process has one thread when it forks, BLAS and torch included, so a child is
 child that still runs at the end of its block is killed; none outlives the test. Children do not fsync: a SIGKILL takes
 nothing from the page cache, and a disk that others use too would be what the tests wait for.
 
-python tests/warm.py FILE FUNCTION [FIRST]     arguments as JSON, a call a line; prints the child's pid, then its exit code
+python tests/warm.py FILE FUNCTION [FIRST]     arguments as JSON, a call a line; prints each child's pid and exit code
 """
 
 import ctypes

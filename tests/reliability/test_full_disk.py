@@ -1,4 +1,4 @@
-"""The disk is full after so many bytes: what was committed is there, and with more room the run ends with the same head.
+"""The disk is full after so many bytes: what was committed is there, and with more room the run ends with its head.
 
 Two disks run out. One counts what `pipeline.disk` writes and fails in the middle of a file, so that its size can be any
 number; what was written of the file stays until somebody removes it. The other is a small file system in memory, where
