@@ -5,6 +5,9 @@ that by one rename; everybody else opens the file read-only. Deleting it loses n
 written, and has none that is up to date, and for one on an object store, it is built in the user's cache; the
 environment variable NTK_EOS_CATALOG names another file. Its tables are those of `analysis.tables`. Missing is NULL,
 never NaN.
+
+What it has seen is also a witness: a run that holds less than the catalogue has rows of is an older copy. Its rows stay
+as they are until the run has come as far again, and `behind` names it.
 """
 
 import hashlib
@@ -13,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,7 +31,18 @@ from analysis.tables import TABLES, one_line
 from pipeline import schema
 from pipeline.disk import Directory, Location, door, location
 from pipeline.errors import DamagedStore, InputError, MissingError, RunLocked
-from pipeline.store import FINAL, RECORD, RECORD_LIMIT, SUFFIX, Run, read_run, run_path, run_paths, runs_directory
+from pipeline.store import (
+    FINAL,
+    RECORD,
+    RECORD_LIMIT,
+    SUFFIX,
+    Run,
+    find_path,
+    read_run,
+    run_path,
+    run_paths,
+    runs_directory,
+)
 
 if TYPE_CHECKING:  # imported when a run is read: a query of an up-to-date catalogue takes neither
     import pandas as pd
@@ -127,6 +141,30 @@ _sync = sync  # `query` has a parameter of that name
 def derived(sql: str) -> bool:
     """Whether a query names a table that results are computed for; a mention anywhere in its text counts."""
     return any(name in sql.lower() for name in DERIVED)
+
+
+def behind(root: str | os.PathLike[str], run_ids: Iterable[str] = ()) -> dict[str, str]:
+    """Runs that are older than the catalogue has seen them: a copy of earlier days was put in their place.
+
+    The catalogue is taken as it is. A run that was deleted and recorded again is another one, by the time of its
+    creation.
+
+    Args:
+        root: folder of the store.
+        run_ids: names of runs or unique beginnings of them; all runs by default.
+
+    Returns:
+        What was found, by run; nothing where there is no catalogue that can be used.
+    """
+    file = _file(root)
+    seen = {} if _known(file) is None else _seen(file)
+    found = {}
+    for path in [find_path(root, run_id) for run_id in run_ids] or run_paths(root):
+        with suppress(MissingError, InputError, DamagedStore):  # of a record that cannot be read there is more to say
+            run = read_run(path)
+            if what := _behind(run, seen):
+                found[run.run_id] = what
+    return found
 
 
 def copy_table(root: str | os.PathLike[str], table: str, path: str | os.PathLike[str]) -> None:
@@ -229,6 +267,31 @@ def _note_what_is_missing(root: str | os.PathLike[str], connection: duckdb.DuckD
             log.warning("%d run(s) are not analysed as they stand now: `ntk-eos analyze %s` does that", missing, root)
 
 
+# What the catalogue has last seen of a run: when it was created, its newest step, its head.
+Seen = tuple[datetime | None, int | None, str]
+
+
+def _seen(path: Path) -> dict[str, Seen]:
+    """What the catalogue has seen of each run."""
+    with _open(path) as connection:
+        rows = connection.execute("select run_id, created_at, steps, head from runs").fetchall()
+    return {run_id: (created_at, steps, head) for run_id, created_at, steps, head in rows}
+
+
+def _behind(run: Run, seen: Mapping[str, Seen]) -> str | None:
+    """In which way a run is older than it was seen; None if it is not."""
+    created_at, steps, head = seen.get(run.run_id, (None, None, run.head))
+    last = run.attrs["last_step"]
+    if run.head == head or tables.utc(run.attrs.get("created_at")) != created_at:
+        return None
+    if last is not None and (steps is None or last > steps):
+        return None  # it went on
+    return (
+        f"the record ends at step {last}, head {run.head}, but the catalogue has seen step {steps}, head {head}: an "
+        "older or foreign copy of the run was put here"
+    )
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,11 +364,16 @@ def _update(root: str | os.PathLike[str], path: Path) -> None:
     if known is not None and not replaced:
         return  # another process did it while this one waited
     derived = results.files(root)
+    seen = {} if known is None else _seen(path)
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for run_id in changed:
         run = read_run(run_path(root, run_id))
         if run.run_id != run_id:
             raise InputError(f"{run.path} holds the run {run.run_id}: give its folder that name again")
+        if what := _behind(run, seen):
+            log.warning("%s: %s; its rows in the catalogue stay as they were", run_id, what)
+            replaced.remove(run_id)
+            continue
         try:
             rows = _rows(run, derived.get(run_id, {}))
         except DamagedStore as error:
@@ -317,6 +385,8 @@ def _update(root: str | os.PathLike[str], path: Path) -> None:
                 frames[name].append(frame)
         synced = {"run_id": run_id, "fingerprint": now[run_id], "analyzed": results.is_fresh(root, run)}
         frames["sync"].append(tables.frame_of("sync", [synced]))
+    if known is not None and not replaced:
+        return
     with _next(root, path) as connection:
         connection.execute("delete from claims")  # verdicts on numbers that have changed
         for name, layout in TABLES.items():

@@ -328,7 +328,7 @@ def run_row(run: Run) -> dict[str, Any]:
         "steps": attrs["last_step"],
         **{f"n_{group}": run.lengths.get(group) for group in schema.GROUPS},
         "final_loss": run.read(f"{trained}/loss", run.lengths[trained] - 1)[0].item() if trained else None,
-        "created_at": _utc(attrs.get("created_at")),
+        "created_at": utc(attrs.get("created_at")),
         "torch_version": at(provenance, "versions", "torch"),
         "config": json.dumps(identity),
         **{
@@ -377,7 +377,8 @@ def _name(identity: Mapping[str, Any], part: str) -> str | None:
     return value if isinstance(value, str) else at(value, "name")
 
 
-def _utc(text: str | None) -> datetime | None:
+def utc(text: str | None) -> datetime | None:
+    """A time in ISO 8601 as a TIMESTAMP, which DuckDB keeps without a zone."""
     return None if text is None else datetime.fromisoformat(text).astimezone(UTC).replace(tzinfo=None)
 
 

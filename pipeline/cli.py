@@ -899,10 +899,16 @@ class _Share:
 @click.pass_context
 def verify(ctx: click.Context, root: str, run_ids: Sequence[str], deep: bool, as_json: bool, quiet: bool) -> None:
     """Check that a store holds what was committed; exit 1 if anything is damaged."""
-    from pipeline.verify import verify_root
+    from analysis import catalog
+    from pipeline.verify import Problem, verify_root
 
     with console.Progress(f"verifying {root}", quiet) as progress:
         problems = verify_root(root, run_ids, deep=deep, progress=progress.update)
+    mend = (
+        "put the newest copy back, or run its study again, which records the rest with the same numbers; to settle for "
+        "the older one, delete the catalogue"
+    )
+    problems += [Problem(run_id, what, mend) for run_id, what in catalog.behind(root, run_ids).items()]
     if as_json:
         console.show([vars(problem) for problem in problems], as_json=True)
     else:
