@@ -1,4 +1,4 @@
-"""Commits many times in one process, and prints what the process holds after every tenth time: for a test that looks for leaks.
+"""Commits many times in one process, and prints what the process holds after every tenth time.
 
 python tests/many_commits.py writer|recorder ROOT COMMITS
 """
@@ -37,7 +37,7 @@ def by_recorder(root: str, commits: int) -> Iterator[None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(
         root, model, Probe(x, y), identity={}, learning_rate=0.1, seed=0, steps=commits, commit_seconds=0.0,
-        eigenpairs=5, cadences={"snapshots": Cadence(every=5), "spectra": Cadence(every=2), "scalars": Cadence(every=1)},
+        eigenpairs=5, cadences={"snapshots": Cadence(every=5), "scalars": Cadence(every=1)},
     )  # fmt: skip
     with recorder:
         for step in recorder:

@@ -34,11 +34,10 @@ def look(measured, case, loop, root, commits):
     assert threads[-1] == threads[0]
     slope = growth(number, memory)
     assert slope < PAGE
-    measured(
-        "R23", case, commits=commits, files=int(files[-1]), files_gained=int(files[-1] - files[0]),
-        threads_gained=int(threads[-1] - threads[0]), bytes_gained_per_commit=round(float(slope)),
-        tolerated_bytes_per_commit=PAGE,
-    )  # fmt: skip
+    figures = {"files_gained": int(files[-1] - files[0]), "threads_gained": int(threads[-1] - threads[0])}
+    if commits > WARM_UP:
+        figures |= {"bytes_gained_per_commit": round(float(slope)), "tolerated_bytes_per_commit": PAGE}
+    measured("R23", case, commits=commits, files=int(files[-1]), **figures)
 
 
 @sizes("commits", short=40, full=500, soak=10_000)
