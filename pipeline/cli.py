@@ -14,6 +14,8 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +148,9 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
 workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run]."
 )
+scheduler_option = click.option(
+    "--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler, as tcp://host:8786."
+)
 imports_option = click.option("--allow-imports", is_flag=True, help="Import the model that the study names.")
 study_argument = click.argument("name", metavar="STUDY", shell_complete=_complete_study)
 
@@ -237,7 +242,7 @@ def demo(ctx: click.Context, root: str | None, quiet: bool) -> None:
     from pipeline.store import run_path
 
     ((study, root),) = _load("digits", (), root, None, ())
-    code = _train(study, root, None, quiet)
+    code = _train(study, root, Where(), quiet)
     if code:
         ctx.exit(code)
     judgements = _judge(root, quiet)
@@ -308,6 +313,7 @@ def plan(
 @study_argument
 @study_options
 @workers_option
+@scheduler_option
 @imports_option
 @catalog_option
 @quiet_option
@@ -320,6 +326,7 @@ def run(
     parts: Sequence[str],
     size: str | None,
     workers: int | None,
+    scheduler: str | None,
     allow_imports: bool,
     quiet: bool,
 ) -> None:
@@ -328,8 +335,8 @@ def run(
     The same command again resumes what was interrupted and does nothing for what is complete.
     """
     loaded = _load(name, overrides, root, size, parts)
-    _allow_imports(name, [study for study, _ in loaded], allow_imports)
-    ctx.exit(_train_all(loaded, workers, quiet))
+    imports = _allow_imports(name, [study for study, _ in loaded], allow_imports)
+    ctx.exit(_train_all(loaded, _where(workers, scheduler, imports), quiet))
 
 
 @main.command(
@@ -341,6 +348,7 @@ def run(
 @click.option("--list", "listing", is_flag=True, help="List the shipped studies: source, parts, runs per size, claims.")
 @study_options
 @workers_option
+@scheduler_option
 @imports_option
 @json_option
 @quiet_option
@@ -354,6 +362,7 @@ def study(
     parts: Sequence[str],
     size: str | None,
     workers: int | None,
+    scheduler: str | None,
     allow_imports: bool,
     as_json: bool,
     quiet: bool,
@@ -370,8 +379,8 @@ def study(
     if name is None:
         raise click.UsageError("give a STUDY, or --list to see the shipped ones")
     loaded = _load(name, overrides, root, size, parts)
-    _allow_imports(name, [study for study, _ in loaded], allow_imports)
-    code = _train_all(loaded, workers, quiet)
+    imports = _allow_imports(name, [study for study, _ in loaded], allow_imports)
+    code = _train_all(loaded, _where(workers, scheduler, imports), quiet)
     if code not in (0, 3):
         ctx.exit(code)
     judgements = [judgement for _, folder in loaded for judgement in _judge(folder, quiet)]
@@ -405,31 +414,52 @@ def _shipped_studies() -> list[dict[str, Any]]:
     return rows
 
 
-def _allow_imports(name: str, studies: Sequence["Study"], allowed: bool) -> None:
+def _allow_imports(name: str, studies: Sequence["Study"], allowed: bool) -> Sequence[str]:
+    """The folders in which a user's own model is looked for, here from now on."""
     from pipeline.config import check_imports_allowed
 
     for study in studies:
         check_imports_allowed(study, allowed)
-    if allowed:
-        # Behind everything else, so that no module of the user's hides one of ours.
-        sys.path += [str(Path(name).absolute().parent), str(Path.cwd())]
+    folders = [str(Path(name).absolute().parent), str(Path.cwd())] if allowed else []
+    sys.path += folders  # behind everything else, so that no module of the user's hides one of ours
+    return folders
 
 
-def _train_all(loaded: Sequence[tuple["Study", str]], workers: int | None, quiet: bool) -> int:
+@dataclass(frozen=True)
+class Where:
+    """Where runs are trained: here, by default as many at a time as fit, or on the workers of a scheduler.
+
+    Attributes:
+        workers: runs at a time here.
+        scheduler: address of a Dask scheduler.
+        imports: folders in which its workers look for a user's own model.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    imports: Sequence[str] = ()
+
+
+def _where(workers: int | None, scheduler: str | None, imports: Sequence[str]) -> Where:
+    if workers is not None and scheduler is not None:
+        raise click.UsageError("--workers and --scheduler: give one of them; a scheduler has workers of its own")
+    return Where(workers, scheduler, imports)
+
+
+def _train_all(loaded: Sequence[tuple["Study", str]], where: Where, quiet: bool) -> int:
     """Train the parts of a study one after the other; returns the exit code of the worst."""
     codes = []
     for study, root in loaded:
-        codes.append(_train(study, root, workers, quiet))
+        codes.append(_train(study, root, where, quiet))
         if codes[-1] >= 128:  # interrupted
             return codes[-1]
     return max(codes)
 
 
-def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
+def _train(study: "Study", root: str, where: Where, quiet: bool) -> int:
     """Train what is unfinished; returns the exit code."""
-    from pipeline.plan import check_start, plan_runs
+    from pipeline.plan import check_start, check_start_here, plan_runs
     from pipeline.store import FINAL, check_root, is_run, read_run, relabel, run_path
-    from pipeline.sweep import sweep
 
     _check_training()
     # Planning first refuses data that cannot be used, before anything is written.
@@ -449,12 +479,23 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
     }
     for done in (one.config for one in planned if one.state == "done"):
         relabel(read_run(run_path(root, done.run_id)), {**attrs, "stop": done.stop.model_dump(exclude_none=True)})
-    runs = [one.config for one in planned if one.state != "done"]
+    left = [one for one in planned if one.state != "done"]
+    runs = [one.config for one in left]
     if not runs:
         click.echo(f"nothing to do: all {len(planned)} runs of {study.label} in {root} are done", err=True)
         return 0
-    check_start([one for one in planned if one.state != "done"], root)
-    outcomes, said = [], set()
+    if where.scheduler is None:
+        from pipeline.sweep import sweep
+
+        check_start_here(left, root)
+        started = partial(sweep, runs, root, workers=where.workers)
+    else:
+        from pipeline.remote import sweep_on
+
+        check_start(left)
+        started = partial(sweep_on, where.scheduler, runs, root, imports=where.imports)
+    outcomes: list[Outcome] = []
+    said: set[str] = set()
     with _Signals() as signals, console.Progress(f"training {len(runs)} runs of {study.label}", quiet) as progress:
         watch = _Watch(runs, root, progress)
 
@@ -462,13 +503,16 @@ def _train(study: "Study", root: str, workers: int | None, quiet: bool) -> int:
             watch.update()
             return signals.caught is not None
 
-        for outcome in sweep(runs, root, attrs=attrs, workers=workers, on_poll=poll):
+        for outcome in started(attrs=attrs, on_poll=poll):
             outcomes.append(outcome)
             watch.ended(outcome.run_id)
+            for warning in set(outcome.warnings) - said:
+                said.add(warning)
+                progress.warn(f"warning: {warning}")
             if outcome.error and outcome.error not in said:
                 said.add(outcome.error)
-                where = "" if outcome.run_id in outcome.error else f"{outcome.run_id}: "
-                progress.warn(f"error: {where}{outcome.error}")
+                of = "" if outcome.run_id in outcome.error else f"{outcome.run_id}: "
+                progress.warn(f"error: {of}{outcome.error}")
                 if outcome.detail:
                     progress.warn(outcome.detail)
         progress.end(_endings(outcomes, root))
@@ -583,7 +627,11 @@ def status(root: str, watch: bool, as_json: bool) -> None:
             for store in stores
             for path in run_paths(store)
         ]
-        hidden = set() if as_json else {"head"} | ({"error"} if not any(row["error"] for row in rows) else set())
+        hidden = (
+            set()
+            if as_json
+            else {"head", "traceback"} | ({"error"} if not any(row["error"] for row in rows) else set())
+        )
         shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
         console.show(shown, as_json=as_json, empty=f"{root} has no runs")
         if not watch or not any(row["status"] == "running" for row in rows):
@@ -600,7 +648,7 @@ def _status_row(path: "Location") -> dict[str, Any]:
     try:
         run = read_run(path)
     except NtkEosError as error:
-        return row | {"run": path.stem, "status": "unreadable", "error": str(error), "head": None}
+        return row | {"run": path.stem, "status": "unreadable", "error": str(error), "traceback": None, "head": None}
     beat = run.heartbeat
     return row | {
         "run": run.run_id,
@@ -610,6 +658,7 @@ def _status_row(path: "Location") -> dict[str, Any]:
         "commits": run.attrs["commits"],
         "seconds": beat.get("elapsed"),
         "error": beat.get("error"),
+        "traceback": beat.get("traceback"),
         "head": run.head,
     }
 

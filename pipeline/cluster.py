@@ -62,7 +62,7 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
             ) from error
         try:
             _wait_for_worker(client, address, worker_seconds)
-            _check_versions(client, packages)
+            check_versions(client, packages)
             yield client
         finally:
             client.close(timeout=CONNECT_SECONDS)
@@ -87,6 +87,15 @@ def ask_workers(client: "Client", function: Callable[..., Any], *arguments: Any)
     """
     answers = _asked(client, lambda: client.run(function, *arguments, on_error="return"))
     return {worker: answer for worker, answer in answers.items() if not isinstance(answer, OSError)}
+
+
+def processing(client: "Client") -> set[str]:
+    """Names of the tasks that workers have now, whoever waits for them.
+
+    Raises:
+        NtkEosError: if the scheduler does not answer.
+    """
+    return {key for keys in _asked(client, client.processing).values() for key in keys}
 
 
 def within(seconds: float, work: Callable[[], Answer]) -> Answer:
@@ -152,8 +161,12 @@ def versions(packages: Sequence[str]) -> Callable[[], dict[str, str]]:
     return found
 
 
-def _check_versions(client: "Client", packages: Sequence[str]) -> None:
-    """Refuse workers with other versions than here."""
+def check_versions(client: "Client", packages: Sequence[str]) -> None:
+    """Refuse workers with other versions than here.
+
+    Raises:
+        NtkEosError: naming the first such worker.
+    """
     here = versions(packages)()
     for worker, there in ask_workers(client, versions(packages)).items():
         if isinstance(there, Exception):

@@ -210,8 +210,8 @@ def _check_data(config: RunConfig, run: Run) -> None:
         )
 
 
-def check_start(planned: Sequence[Planned], root: str) -> None:
-    """Refuse in one place what would end every one of these runs at its start.
+def check_start_here(planned: Sequence[Planned], root: str) -> None:
+    """Refuse in one place what would end every one of these runs at its start on this machine.
 
     Args:
         planned: runs that are to be trained now.
@@ -219,19 +219,32 @@ def check_start(planned: Sequence[Planned], root: str) -> None:
 
     Raises:
         RunLocked: if another process writes all of them.
-        InputError: if the device of all of them is not there, their data cannot be downloaded, the imported model of
-            all of them cannot be used, or their one dataset has too few examples left to be held out.
+        InputError: if the device of all of them is not there, and as `check_start`.
     """
     runs = [one.config for one in planned]
-    first = runs[0]
     if all(one.state == "running" for one in planned):
-        with door(run_path(root, first.run_id)).lease(LEASE, b"a check"):
+        with door(run_path(root, runs[0].run_id)).lease(LEASE, b"a check"):
             pass  # its writer has ended meanwhile
-    device = first.compute.device
+    device = runs[0].compute.device
     if device != "cpu" and all(run.compute.device == device for run in runs):
         from pipeline.train import find_device
 
         find_device(device)
+    check_start(planned)
+
+
+def check_start(planned: Sequence[Planned]) -> None:
+    """Refuse in one place what would end every one of these runs at its start on any machine.
+
+    Args:
+        planned: runs that are to be trained now.
+
+    Raises:
+        InputError: if their data cannot be downloaded, the imported model of all of them cannot be used, or their one
+            dataset has too few examples left to be held out.
+    """
+    runs = [one.config for one in planned]
+    first = runs[0]
     if all(needs_download(run.data) for run in runs):
         load_data(first.data, first.seed)  # once and here, not by every worker at a time
     held_out = first.record.test

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from traceback import format_exception
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,6 +45,7 @@ from pipeline.spectra import NonFiniteKernel
 from pipeline.store import FINAL, NonFiniteRow, Writer, blake
 
 MEMORY_BUDGET = 256 * 2**20
+TRACEBACK_LETTERS = 20_000  # its end says most
 DEFAULT_CADENCES = {"snapshots": Cadence(log=8), "spectra": Cadence(every=10), "scalars": Cadence(every=1)}
 GROUPS = (*DEFAULT_CADENCES, "hessian")
 EVERY_STEP = schema.TRAIN | schema.OF_PROCESS
@@ -281,7 +283,8 @@ class Recorder:
                 # Whatever happened, the model may be past the last row: only what is committed can be continued.
                 failed = kind is not None and issubclass(kind, Exception)
                 said = f"{kind.__name__}: {error}" if kind else None
-                writer.heartbeat("failed" if failed else "interrupted", error=said)
+                where = "".join(format_exception(error))[-TRACEBACK_LETTERS:] if failed else None
+                writer.heartbeat("failed" if failed else "interrupted", error=said, traceback=where)
         finally:
             writer.close()
             self._writer = None

@@ -250,8 +250,8 @@ def run_path(root: str | os.PathLike[str], run_id: str) -> Location:
 
 # What a heartbeat may say; an entry of another type is as good as none.
 SAID = {
-    "run": str, "status": str, "head": str, "host": str, "error": str, "last_step": int, "steps": int, "commits": int,
-    "pid": int,
+    "run": str, "status": str, "head": str, "host": str, "error": str, "traceback": str, "last_step": int, "steps": int,
+    "commits": int, "pid": int,
     "time": float, "elapsed": float, "loss": float,
 }  # fmt: skip
 

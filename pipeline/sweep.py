@@ -35,6 +35,7 @@ class Outcome:
         error: one line if it failed.
         detail: the traceback of a failure that has no one-line explanation.
         exit_code: what the command returns for this failure alone.
+        warnings: what its process warned of, where that cannot write to the terminal itself.
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class Outcome:
     error: str | None = None
     detail: str | None = None
     exit_code: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def default_workers(runs: Iterable[RunConfig]) -> int:
@@ -149,13 +151,25 @@ def _follow(parent: int) -> None:
 
 
 def _one(run: RunConfig, root: str, attrs: Mapping[str, Any] | None) -> Outcome:
-    """Train one run in a worker; failures come back as outcomes, so that the others go on."""
+    """Train one run in a worker."""
+    return outcome(run, root, attrs, _stop.is_set)
+
+
+def outcome(run: RunConfig, root: str, attrs: Mapping[str, Any] | None, should_stop: Callable[[], bool]) -> Outcome:
+    """Train one run; a failure comes back as an outcome, so that the others go on.
+
+    Args:
+        run: point of a study's grid.
+        root: folder of the store.
+        attrs: further root attributes of the run.
+        should_stop: as for `pipeline.train.train`; asked before anything is done as well.
+    """
     from pipeline.train import train
 
-    if _stop.is_set():
+    if should_stop():
         return Outcome(run.run_id, "interrupted")
     try:
-        return Outcome(run.run_id, train(run, root, attrs=attrs, should_stop=_stop.is_set))
+        return Outcome(run.run_id, train(run, root, attrs=attrs, should_stop=should_stop))
     except NtkEosError as error:
         return Outcome(run.run_id, "failed", str(error), None, error.exit_code)
     except OSError as error:  # a full disk, a folder that was removed

@@ -29,6 +29,8 @@ LAYERS = {
         "record",
         "train tiles",
         "plan sweep replay",
+        "single",
+        "remote",
         "cli",
     ],
     "analysis": [

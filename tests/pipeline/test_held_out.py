@@ -209,7 +209,7 @@ def test_more_than_there_are_is_refused_before_anything_is_written(tmp_path):
     run = config(data=arrays_of_a_file(tmp_path / "xy.npz", 1), test=M + 4)
     expected = rf"record.test = {M + 4}: only {M + 3} examples are not trained on"
     with pytest.raises(InputError, match=expected):
-        check_start(plan_runs([run], str(tmp_path / "root")), str(tmp_path / "root"))
+        check_start(plan_runs([run], str(tmp_path / "root")))
     with pytest.raises(InputError, match=expected):
         train(run, str(tmp_path / "root"))
     assert not (tmp_path / "root").exists()

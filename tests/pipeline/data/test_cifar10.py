@@ -193,7 +193,7 @@ def test_a_plan_fetches_nothing_and_a_start_does_so_once(archive, monkeypatch):
     assert plan.seconds is None
     assert [run.samples for run in plan.runs] == [20, 20]
     with pytest.raises(InputError, match="cannot be fetched"):
-        check_start(plan.runs, "nowhere")
+        check_start(plan.runs)
     with served(archive, monkeypatch):
-        check_start(plan.runs, "nowhere")
+        check_start(plan.runs)
     assert cifar10.ARCHIVE.exists()
