@@ -145,6 +145,15 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _bytes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
+    from pipeline.memory import parsed
+
+    try:
+        return None if text is None else parsed(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Runs at a time [default: cores / threads of a run]."
 )
@@ -832,6 +841,7 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
         "ntk-eos kernel digits --probe test",
         "ntk-eos kernel digits lr-0.4_seed-0 --probe test --at all --layers",
         "ntk-eos kernel data/stores/digits/runs/RUN.zarr --probe new.npz --kernel conjugate",
+        "ntk-eos kernel digits --probe large.npz --workers 2 --memory 2GiB --plan",
     )
 )
 @click.argument(
@@ -844,6 +854,14 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
               help="Name, or TOML with options: '{name=\"nngp\", depth=2}'.")  # fmt: skip
 @click.option("--layers", is_flag=True, help="Also the part of the NTK of each trained tensor.")
 @click.option("--at", default="final", show_default=True, metavar="final|all|STEP,...", help="Snapshots to take.")
+@click.option("--matrix-free", is_flag=True,
+              help="Never form the NTK: eigenpairs by products with it, and its norm with an error bar.")  # fmt: skip
+@click.option("--tolerance", type=float, help="Relative residual of matrix-free eigenpairs [default: 1e-8].")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True,
+              help="Processes that compute a kernel in tiles.")  # fmt: skip
+@click.option("--memory", metavar="BYTES", callback=_bytes,
+              help="Refuse what takes more, such as 1GiB [default: what is available].")  # fmt: skip
+@click.option("--plan", "planning", is_flag=True, help="Only say what it would take: tiles, bytes, memory, seconds.")
 @click.option("--allow-imports", is_flag=True, help="Import the model that the run's study names.")
 @json_option
 @quiet_option
@@ -856,6 +874,11 @@ def kernel(
     name: str,
     layers: bool,
     at: str,
+    matrix_free: bool,
+    tolerance: float | None,
+    workers: int,
+    memory: int | None,
+    planning: bool,
     allow_imports: bool,
     as_json: bool,
     quiet: bool,
@@ -864,20 +887,27 @@ def kernel(
 
     RUN is the folder of a run, or a store with names of its runs: all of them by default. Nothing is trained. Prints
     where each result lies, a run of a store under ROOT/analysis/kernel/, and the alignment of its last snapshot.
+    From 10,000 examples on the kernel is computed in tiles straight into the store; a killed command goes on at the
+    next one.
     """
     from pipeline.config import kernel_table
 
     _check_training()
     paths = _paths_of_runs(root, run_ids)
-    options = {"kernel": kernel_table(name), "probe": probe, "layers": layers, "at": _steps(at)}
+    if tolerance is not None and not matrix_free:
+        raise click.UsageError("--tolerance: of --matrix-free only")
+    options = {
+        "kernel": kernel_table(name), "probe": probe, "layers": layers, "at": _steps(at), "workers": workers,
+        "memory": memory, "matrix_free": (tolerance or 1e-8) if matrix_free else None, "allow_imports": allow_imports,
+    }  # fmt: skip
     if allow_imports:
         sys.path.append(str(Path.cwd()))
     rows, failed = [], []
-    with console.Progress(f"{name} of {len(paths)} runs", quiet) as progress:
+    with console.Progress(f"{'planning ' if planning else ''}{name} of {len(paths)} runs", quiet) as progress:
         for number, path in enumerate(paths):
             share = _Share(progress, number, len(paths), path.stem)
             try:
-                rows.append(_replayed(path, {**options, "allow_imports": allow_imports, "progress": share.update}))
+                rows.append(_forecast(path, options) if planning else _replayed(path, options, share.update))
             except NtkEosError as error:
                 if len(paths) == 1:
                     raise
@@ -912,13 +942,21 @@ def _steps(at: str) -> str | list[int]:
         raise InputError(f"--at {at}: must be final, all or steps, such as 0,100") from None
 
 
-def _replayed(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
+def _forecast(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
+    """What the kernel of one run would take."""
+    from pipeline.replay import forecast
+
+    found = vars(forecast(path, **options))
+    return {"bytes" if name == "nbytes" else name: value for name, value in found.items()}
+
+
+def _replayed(path: "Location", options: dict[str, Any], progress: Callable[[float, str], None]) -> dict[str, Any]:
     """Compute a kernel of one run; where it lies, and the alignment of its last row."""
     from analysis import alignment, open_run
     from pipeline.replay import replay
     from pipeline.schema import TILED
 
-    found = replay(path, **options)
+    found = replay(path, **options, progress=progress)
     row = open_run(found).isel(snapshot=[-1])
     if row.sizes["sample"] >= TILED:  # the scalars have the alignment; centring reads a kernel larger than memory
         row = row.drop_vars("ntk", errors="ignore")

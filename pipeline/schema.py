@@ -141,6 +141,10 @@ ON_REQUEST = _by_name([
         "J J_trainᵀ, summed over outputs; of a replayed run, whose probe is not the training set.",
         rows_per_chunk=None,
     ),
+    Variable(
+        "frobenius_error", ("step",), "float64", "1", "standard error of the Frobenius norm",
+        "Of `frobenius_norm`; of a replayed run whose kernel was never formed, so that the norm is an estimate.",
+    ),
 ])  # fmt: skip
 
 # What is measured on held-out examples, if there are any; `snapshots` has these scalars too.

@@ -101,12 +101,12 @@ def _attempt(
     stop = context.Event()
     lost: list[RunConfig] = []
     with (
-        _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-        ProcessPoolExecutor(min(workers, len(waiting)), context, _begin, (stop,)) as pool,
+        environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
+        ProcessPoolExecutor(min(workers, len(waiting)), context, begin_worker, (stop,)) as pool,
     ):
         pending: dict[Future[Outcome], RunConfig] = {}
         try:
-            with _blocked_signals():
+            with blocked_signals():
                 for run in waiting:
                     pending[pool.submit(_one, run, root, attrs)] = run
             while pending:
@@ -132,7 +132,7 @@ def _attempt(
 _stop: Any = None
 
 
-def _begin(stop: Any) -> None:
+def begin_worker(stop: Any) -> None:
     """Set up a worker: it ends with its parent, and lets the parent decide what a signal means."""
     global _stop
     _stop = stop
@@ -179,7 +179,7 @@ def outcome(run: RunConfig, root: str, attrs: Mapping[str, Any] | None, should_s
 
 
 @contextmanager
-def _blocked_signals() -> Iterator[None]:
+def blocked_signals() -> Iterator[None]:
     """Processes started meanwhile never see the signals of a terminal, not even before they can set a handler.
 
     They inherit the mask of this thread. Here a signal that comes meanwhile is handled at the end. (The process that
@@ -193,7 +193,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables that child processes inherit: BLAS reads its thread count when it is loaded."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

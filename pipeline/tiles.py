@@ -12,11 +12,14 @@ is kept for each tile and added at the end, rounded once. So no bit depends on t
 processes made them, or on how often they were killed.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,17 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.errors import NtkEosError
 from pipeline.kernels import KERNELS, NTK
 from pipeline.kernels.structure import structure
-from pipeline.operators import BlockedNTK
-from pipeline.spectra import NonFiniteKernel, lanczos
+from pipeline.spectra import NonFiniteKernel, krylov_bytes
 from pipeline.store import InChunks
+from pipeline.sweep import THREAD_VARIABLES, begin_worker, blocked_signals, environment
 
 # To work in, beside examples and tile. It decides in which parts a tile is computed, and with that its last bits.
 MEMORY = 2**28
-EXAMPLES = 1024  # taken through the model at once for its outputs
-# Of the graphs by which the examples of a block are multiplied: of each captured number about so many are in memory.
-COPIES = 8
 
 # One chunk to compute: the variable, and the index of the chunk in its value.
 Task = tuple[str, tuple[int, ...]]
@@ -72,12 +73,10 @@ class TileMaker:
         arrays: Mapping[str, InChunks],
     ) -> None:
         self.arrays = arrays
-        self._model, self._x, self._train, self._name = model, x, train, kernel["name"]
+        self._model, self._x, self._train = model, x, train
         self._y = None if y is None else y.numpy(force=True).astype(np.float64)
-        self._kernel = KERNELS[self._name]
+        self._kernel = KERNELS[kernel["name"]]
         self._options = {name: value for name, value in kernel.items() if name != "name"}
-        with torch.no_grad():
-            self._c = model(x[:1]).shape[1]
         if self._kernel is NTK:
             self._options |= {"memory": MEMORY, "keep": False}
             structure(model, x)  # found on the first examples, whichever tile is the first
@@ -116,20 +115,68 @@ class TileMaker:
         times = 1.0 if diagonal else 2.0
         return np.array([times * np.vdot(exact, exact), np.trace(exact) if diagonal else 0.0, times * energy])
 
-    def outputs(self) -> NDArray[Any]:
-        """f(x) (n, c)."""
-        with torch.no_grad():
-            return np.concatenate([self._model(few).numpy(force=True) for few in self._x.split(EXAMPLES)])
 
-    def sharpness(self, top: float) -> float:
-        """λ_1 / n of the kernel of all outputs, which no tile has, by products with it.
+@dataclass(frozen=True)
+class Pool:
+    """Processes that make tiles.
 
-        Args:
-            top: λ_1 of the kernel in tiles, the sum over outputs.
-        """
-        if self._name == "ntk" and self._c > 1:
-            top = lanczos(exact_products(self._model, self._x), tolerance=1e-6).values[0].item()
-        return top / len(self._x)
+    Attributes:
+        count: how many; with one, it is this one.
+        threads: of torch and BLAS in each.
+        build: gives, in a process that is started, a maker of the same tiles.
+    """
+
+    count: int
+    threads: int
+    build: Callable[..., TileMaker]
+
+
+def made(tasks: Iterable[Task], maker: TileMaker, pool: Pool) -> Iterator[tuple[Task, Array]]:
+    """Make chunks, by the maker or in other processes, and yield each with what `make` returned, as they are done.
+
+    Raises:
+        NtkEosError: if a process was killed.
+        NonFiniteKernel: as `TileMaker.make`.
+    """
+    if pool.count == 1:
+        yield from ((task, maker.make(task)) for task in tasks)
+        return
+    waiting = deque(tasks)
+    with (
+        environment(dict.fromkeys(THREAD_VARIABLES, str(pool.threads))),
+        ProcessPoolExecutor(pool.count, get_context("spawn"), _begin, (pool.build,)) as processes,
+    ):
+        pending: dict[Future[Array], Task] = {}
+        try:
+            while waiting or pending:
+                with blocked_signals():
+                    while waiting and len(pending) < 2 * pool.count:
+                        task = waiting.popleft()
+                        pending[processes.submit(_make, task)] = task
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise NtkEosError(
+                "a process that computed tiles was ended; is there enough memory? The same command goes on from the "
+                "last commit"
+            ) from error
+        finally:
+            processes.shutdown(cancel_futures=True)
+
+
+_maker: TileMaker | None = None
+
+
+def _begin(build: Callable[[], TileMaker]) -> None:
+    """Set up a worker."""
+    global _maker
+    begin_worker(None)
+    _maker = build()
+
+
+def _make(task: Task) -> Array:
+    assert _maker is not None
+    return _maker.make(task)
 
 
 class Ledger:
@@ -222,10 +269,19 @@ def product(kernel: InChunks, threads: int = 1) -> Callable[[Array], Array]:
     return times
 
 
-def exact_products(model: nn.Module, x: Tensor) -> BlockedNTK:
-    """Products with the NTK in float64, of a copy of the model."""
-    held = structure(model, x).held
-    device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
-    exact = copy.deepcopy(model).to(device, torch.float64)
-    examples = x.to(device, torch.float64 if x.is_floating_point() else x.dtype)
-    return BlockedNTK(exact, examples, max(1, min(EXAMPLES, MEMORY // (8 * COPIES * max(held, 2**12)))))
+def peak_bytes(n: int, k: int, side: int, processes: int, held: int) -> int:
+    """The most that all processes hold together, about, from their start to the eigenpairs.
+
+    Args:
+        n: examples.
+        k: eigenpairs.
+        side: of a tile.
+        processes: that make tiles.
+        held: by this process before it begins, the examples included; by each further one as much.
+    """
+    tile = 4 * min(n, side) ** 2
+    making = MEMORY + 8 * tile  # the tile, its mirror, both encoded, and a copy in float64
+    solving = krylov_bytes(n, k) + processes * (4 * tile + 16 * n * k)
+    if processes == 1:
+        return held + max(making, solving)
+    return held + max(processes * (held + making), solving)

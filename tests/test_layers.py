@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance images objects cluster",
+        "schema cadence seeds zarr3 console provenance images objects cluster memory",
         "disk guard",
         "store",
         "config verify",
@@ -25,12 +25,12 @@ LAYERS = {
         "data models losses",
         "kernels operators spectra optim gradient",
         "flows",
-        "measure processes",
+        "measure processes matrix_free",
         "record",
-        "train tiles",
-        "plan sweep replay",
-        "single",
-        "remote",
+        "train",
+        "plan sweep",
+        "tiles single",
+        "replay remote",
         "cli",
     ],
     "analysis": [
@@ -53,10 +53,10 @@ LAYERS = {
 SHARED = {"errors", "schema", "disk", "store", "cluster"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
-PURE |= {"flows"}
+PURE |= {"flows", "matrix_free"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "objects", "disk", "store"}
-TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images", "cluster"}
+TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images", "cluster", "memory"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`

@@ -1,6 +1,7 @@
 """Kernels in tiles against dense Jacobians in float64, with tiles of a few examples; and replays that use them."""
 
 import shutil
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -17,11 +18,12 @@ from pipeline import schema
 from pipeline.config import File, Mlp, Record, RunConfig, Stop
 from pipeline.disk import Directory
 from pipeline.errors import DamagedStore, InputError
+from pipeline.memory import held
 from pipeline.repair import repair_root
-from pipeline.replay import replay
+from pipeline.replay import forecast, replay
 from pipeline.spectra import NonFiniteKernel
 from pipeline.store import InChunks, NonFiniteRow, read_run, row_digest, run_path
-from pipeline.tiles import Ledger, TileMaker, product, tasks_of
+from pipeline.tiles import Ledger, TileMaker, peak_bytes, product, tasks_of
 from pipeline.train import train
 from pipeline.verify import verify_root
 
@@ -78,7 +80,7 @@ def made(folder, name, n, tile, c, seed):
 @settings(deadline=None, max_examples=20)
 def test_tiles_are_the_kernel_and_their_sums_those_of_it(tmp_path_factory, name, n, tile, c, seed):
     folder = tmp_path_factory.mktemp("tiles")
-    model, x, y, train, arrays, maker, ledger = made(folder, name, n, tile, c, seed)
+    model, x, y, train, arrays, _, ledger = made(folder, name, n, tile, c, seed)
     expected = oracles.trace(oracles.ntk(model, x))
     kernel = np.concatenate(list(arrays["ntk"].bands()))
     size = np.abs(expected).max()
@@ -91,13 +93,6 @@ def test_tiles_are_the_kernel_and_their_sums_those_of_it(tmp_path_factory, name,
     np.testing.assert_allclose(ledger.totals(), sums, rtol=1e-12, atol=1e-12 * size * n**2)
     vectors = np.random.default_rng(seed).normal(size=(2, n))
     np.testing.assert_allclose(product(arrays["ntk"])(vectors), vectors @ exact, atol=1e-12 * size * n)
-    np.testing.assert_allclose(maker.outputs(), model(x).detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_the_sharpness_is_that_of_the_kernel_of_all_outputs(tmp_path):
-    model, x, *_, maker, _ = made(tmp_path, "mlp", 12, 5, 3, 0)
-    full = oracles.ntk(model, x).swapaxes(1, 2).reshape(36, 36)
-    np.testing.assert_allclose(maker.sharpness(-1.0), np.linalg.eigvalsh(full)[-1] / 12, rtol=1e-9)
 
 
 def test_bits_depend_neither_on_the_order_nor_on_threads(tmp_path):
@@ -266,3 +261,74 @@ def test_a_damaged_tile_is_named(run, small_tiles):
 def test_layers_are_for_kernels_in_memory(run, small_tiles):
     with pytest.raises(InputError, match=r"layers: for fewer than 1 examples, not 20"):
         replay(run, probe=probe_of(run), layers=True)
+
+
+def test_what_is_in_memory_is_not_shared(run):
+    with pytest.raises(InputError, match="workers = 2: a model that is given is in the memory of one process"):
+        replay(run, probe="train", model=nn.Linear(4, 2), workers=2)
+
+
+# --- what it would take ----------------------------------------------------------------------------------------------
+
+
+def test_a_forecast_says_what_is_left_and_writes_nothing(run, small_tiles):
+    before = sorted(run.parents[1].rglob("*"))
+    found = forecast(run, probe=probe_of(run), at="all")
+    assert sorted(run.parents[1].rglob("*")) == before
+    assert (found.n, found.rows, found.tiles) == (20, 3, 9)
+    assert found.nbytes >= 3 * 4 * (20 * 20 + 20 * 9)
+    assert found.seconds > 0
+    assert found.memory > held()
+    path = replay(run, probe=probe_of(run), at="all")
+    assert sum(file.stat().st_size for file in path.rglob("c.*")) < 100 * found.nbytes
+    done = forecast(run, probe=probe_of(run), at="all")
+    assert (done.rows, done.seconds) == (0, None)
+
+
+@pytest.mark.parametrize("matrix_free", [None, 1e-4])
+def test_a_forecast_of_a_kernel_that_is_not_in_tiles(run, matrix_free):
+    found = forecast(run, probe=probe_of(run), matrix_free=matrix_free)
+    assert (found.rows, found.tiles) == (1, 1 if matrix_free is None else 0)
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("matrix_free", [None, 1e-4], ids=["formed", "matrix free"])
+@pytest.mark.parametrize("tiled", [1, 10**6], ids=["tiles", "memory"])
+def test_what_does_not_fit_is_refused_before_anything_is_written(run, monkeypatch, tiled, matrix_free):
+    monkeypatch.setattr(schema, "TILED", tiled)
+    options = {"probe": probe_of(run), "matrix_free": matrix_free}
+    for refused in (replay, forecast):
+        with pytest.raises(InputError, match=r"n = 20 examples: up to .*iB of memory are needed, with workers = 1, and "
+                                             r"1\.0 MiB are allowed: allow more, or take fewer examples"):  # fmt: skip
+            refused(run, **options, memory=2**20)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        with pytest.raises(InputError, match=r"up to .*iB of disk are needed, and 100 B are free at .*: make room"):
+            refused(run, **options)
+        monkeypatch.undo()
+        monkeypatch.setattr(schema, "TILED", tiled)
+    assert not (run.parents[1] / "analysis").exists()
+
+
+def test_the_kernel_of_50_000_examples_is_planned_within_the_memory():
+    """1 GiB beside what the process held; the kernel has 9.3."""
+    assert peak_bytes(50_000, 20, 2048, 1, 2**28) < 2**30
+    assert peak_bytes(50_000, 20, 2048, 2, 2**28) > peak_bytes(50_000, 20, 2048, 1, 2**28)
+
+
+def test_a_replay_without_the_kernel(run, small_tiles):
+    formed = read_run(replay(run, probe=probe_of(run), at="all"))
+    path = replay(run, probe=probe_of(run), at="all", matrix_free=1e-8)
+    found = read_run(path)
+    assert {"ntk", "ntk_train_cross"}.isdisjoint(found.arrays("snapshots"))
+    for name in ("eigenvalue", "eigenvector", "trace", "target_energy", "ntk_sharpness", "prediction"):
+        expected = formed.read(f"snapshots/{name}")
+        close = {"rtol": 1e-5, "atol": 1e-5 * np.abs(expected).max(), "err_msg": name}
+        np.testing.assert_allclose(found.read(f"snapshots/{name}"), expected, **close)
+    off = found.read("snapshots/frobenius_norm") - formed.read("snapshots/frobenius_norm")
+    assert (np.abs(off) < 5 * found.read("snapshots/frobenius_error")).all()
+    measures = analysis.alignment(analysis.open_run(path)).compute()
+    assert {"kta", "cumulative_alignment"} <= set(measures)
+    assert verify_root(path.parent.parent, deep=True) == []
+    for options in ({"kernel": "conjugate"}, {"layers": True}):
+        with pytest.raises(InputError, match="matrix_free: of the kernel ntk only, without its layers"):
+            replay(run, probe="train", matrix_free=1e-8, **options)

@@ -1,0 +1,130 @@
+"""The NTK of more examples than memory holds, by the command: tile by tile, killed, resumed, by several processes.
+
+Memory is the resident set of the command and all its children, looked at every 20 ms from outside. The reference is
+ARPACK on the stored kernel, which the test, having more memory, loads in full.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from scipy.sparse.linalg import LinearOperator, eigsh
+from sizes import sizes
+
+import pipeline.schema
+from pipeline.config import File, Mlp, Record, RunConfig, Stop
+from pipeline.store import read_run, run_path
+from pipeline.train import train
+from pipeline.verify import verify_root
+
+COMMAND = Path(sys.executable).with_name("ntk-eos")
+FEATURES, WIDTH, PAIRS, BUDGET = 64, 128, 20, 2**30
+
+
+def trained(folder: Path, n: int) -> tuple[Path, Path]:
+    """A short run on a few examples, and a file with n of the same kind, whose covariance decays as a power law."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, FEATURES)) / np.sqrt(np.arange(1, 1 + FEATURES))
+    y = np.sign(x @ rng.normal(size=FEATURES))
+    np.savez(folder / "train.npz", x=x[:200], y=y[:200])
+    np.savez(folder / "probe.npz", x=x.astype(np.float32), y=y)
+    run = RunConfig(
+        learning_rate=0.1, data=File(file=str(folder / "train.npz")), model=Mlp(width=WIDTH, depth=2),
+        stop=Stop(steps=20), record=Record(eigenpairs=PAIRS),
+    )  # fmt: skip
+    train(run, str(folder / "store"))
+    return run_path(folder / "store", run.run_id), folder / "probe.npz"
+
+
+def command(run: Path, probe: Path, *more: str) -> list[str]:
+    return [str(COMMAND), "kernel", str(run), "--probe", str(probe), "--json", "-q", *more]
+
+
+def watched(arguments: list[str]) -> tuple[Path, int]:
+    """Run the command to its end: where the result lies, and the most memory that was seen."""
+    process, most = psutil.Popen(arguments, stdout=subprocess.PIPE), 0
+    while process.poll() is None:
+        most = max(most, held(process))
+        time.sleep(0.02)
+    assert process.returncode == 0
+    (row,) = json.loads(process.stdout.read())["rows"]
+    return Path(row["path"]), most
+
+
+def held(process: psutil.Process) -> int:
+    try:
+        return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def product_with(kernel: np.ndarray) -> LinearOperator:
+    """Products in float64 with a kernel in float32, without a copy of it."""
+
+    def times(vector: np.ndarray) -> np.ndarray:
+        bands = range(0, len(kernel), 500)
+        return np.concatenate([kernel[i : i + 500].astype(np.float64) @ vector.ravel() for i in bands])
+
+    return LinearOperator(kernel.shape, times, dtype=np.float64)
+
+
+@sizes("n", full=20_000, soak=50_000)
+def test_a_kernel_larger_than_the_memory_it_is_computed_in(tmp_path, measured, n):
+    run, probe = trained(tmp_path, n)
+    started = time.monotonic()
+    path, most = watched(command(run, probe, "--memory", "1GiB"))
+    seconds = time.monotonic() - started
+    assert most < BUDGET < 4 * n**2
+    found = read_run(path)
+    kernel = found.read("snapshots/ntk")[0]
+    values = found.read("snapshots/eigenvalue")[0]
+    reference = eigsh(product_with(kernel), PAIRS, tol=1e-10, v0=np.ones(n))[0][::-1]
+    error = float(np.max(np.abs(values / reference - 1)))
+    assert error < 1e-5
+    np.testing.assert_array_equal(kernel[:3000], kernel[:, :3000].T)
+    assert abs(found.read("snapshots/trace")[0] / np.trace(kernel, dtype=np.float64) - 1) < 1e-6
+    squares = sum(np.sum(kernel[i : i + 500].astype(np.float64) ** 2) for i in range(0, n, 500))
+    assert abs(found.read("snapshots/frobenius_norm")[0] / np.sqrt(squares) - 1) < 1e-6
+    del kernel
+    assert verify_root(path.parent.parent, deep=True) == []
+    measured(
+        "R22", f"NTK of n = {n} in tiles", kernel_mib=4 * n**2 >> 20, peak_mib=most >> 20, budget_mib=BUDGET >> 20,
+        eigenvalues=PAIRS, largest_relative_error=error, seconds=round(seconds),
+    )  # fmt: skip
+
+
+@pytest.mark.reliability
+def test_kills_and_two_processes_change_no_bit(tmp_path, measured):
+    n, kills, dice = pipeline.schema.TILED, 4, random.Random(0)
+    run, probe = trained(tmp_path, n)
+    whole = read_run(watched(command(run, probe))[0])
+    head, aside = whole.head, tmp_path / "whole"
+    whole.path.rename(aside)
+    seen = []
+    for _ in range(kills):
+        process = psutil.Popen(command(run, probe, "--workers", "2"), stdout=subprocess.PIPE)
+        before, patience = commits(whole.path), time.monotonic() + 120
+        while commits(whole.path) == before and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, 1))
+        if process.poll() is None:
+            children = process.children(recursive=True)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert psutil.wait_procs(children, timeout=20)[1] == []
+        seen.append(commits(whole.path))
+    path, _ = watched(command(run, probe, "--workers", "2"))
+    assert read_run(path).head == head
+    assert verify_root(path.parent.parent, deep=True) == []
+    measured("R5", f"SIGKILL of a kernel in tiles, n = {n}, two processes", kills=kills, commits=seen, heads_differ=0)
+
+
+def commits(path: Path) -> int:
+    return read_run(path).attrs["commits"] if (path / "zarr.json").exists() else 0
