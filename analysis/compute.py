@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.errors import InputError, NtkEosError
+from pipeline.memory import available, parsed
 from pipeline.schema import TILED
 from pipeline.store import Run
 
@@ -76,7 +77,7 @@ def threads_for(task: int) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     given = dask.config.get(BUDGET, None)
-    fit = (_free_memory() // 2 if given is None else given) // task
+    fit = (available() // 2 if given is None else given) // task
     if given is not None and not fit:
         raise InputError(
             f"memory = {format_bytes(given)}: a task takes up to {format_bytes(task)} here; give at least as much"
@@ -149,28 +150,17 @@ def _one_line_for_what_is_lost(scheduler: str) -> Iterator[None]:
         ) from error
 
 
-def _in_bytes(memory: int | str | None) -> int | None:
-    from dask.utils import parse_bytes
-
-    if memory is None:
+def _in_bytes(given: int | str | None) -> int | None:
+    if given is None:
         return None
     try:
-        found = parse_bytes(memory)
-    except ValueError:
-        found = 0
-    if found <= 0:
-        raise InputError(f"memory = {memory!r}: must be a number of bytes above 0, such as 2GiB")
+        found = parsed(str(given))
+    except ValueError as error:
+        raise InputError(f"memory = {error}") from None
+    if not found:
+        raise InputError("memory = 0: must be a number of bytes above 0, such as 2GiB")
     return found
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_memory() -> int:
-    """Bytes that programs can have without any being swapped out."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

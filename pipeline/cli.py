@@ -146,12 +146,13 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bytes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
+    from pipeline.errors import InputError
     from pipeline.memory import parsed
 
     try:
         return None if text is None else parsed(text)
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise InputError(f"--memory {error}") from None
 
 
 workers_option = click.option(
@@ -891,11 +892,12 @@ def kernel(
     next one.
     """
     from pipeline.config import kernel_table
+    from pipeline.errors import InputError
 
     _check_training()
     paths = _paths_of_runs(root, run_ids)
     if tolerance is not None and not matrix_free:
-        raise click.UsageError("--tolerance: of --matrix-free only")
+        raise InputError("--tolerance: of --matrix-free only")
     options = {
         "kernel": kernel_table(name), "probe": probe, "layers": layers, "at": _steps(at), "workers": workers,
         "memory": memory, "matrix_free": (tolerance or 1e-8) if matrix_free else None, "allow_imports": allow_imports,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import schema
+from pipeline import memory, schema
 from pipeline.cadence import row_capacity
 from pipeline.config import File, Imported, Record, RunConfig, StochasticGradientDescent, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
@@ -22,6 +22,12 @@ from pipeline.store import FINAL, LEASE, Run, chain_seed, is_run, read_run, run_
 TIMED_STEPS = 40
 # What a worker process needs until its first step, which is mostly the import of torch: 2 to 3 s were measured.
 START_SECONDS = 3.0
+BASE_BYTES = 300 * 2**20  # of a process that has imported torch
+
+
+def kernel_bytes(samples: int, outputs: int) -> int:
+    """What a row with a kernel in memory takes at its peak: in float32 and float64, and as a matrix of all outputs."""
+    return 24 * samples**2 + (12 * (samples * outputs) ** 2 if outputs > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,17 @@ class Planned:
     state: str
     steps_left: int
 
+    @property
+    def memory(self) -> int:
+        """Bytes that its process takes about, most of it for copies of a kernel in float32 and float64."""
+        kernels = kernel_bytes(self.samples, self.outputs) + kernel_bytes(self.config.record.test or 0, self.outputs)
+        return BASE_BYTES + kernels
+
     def as_row(self) -> dict[str, Any]:
-        """For printing: the axes, the state, and the rows and bytes at most."""
+        """For printing: the axes, the state, the rows and bytes at most, and the memory."""
         rows = {f"{group}_rows": count for group, count in self.rows.items()}
-        return {"run": self.config.run_id, **self.config.axes, "state": self.state, **rows, "bytes": self.nbytes}
+        sizes = {"bytes": self.nbytes, "memory": self.memory}
+        return {"run": self.config.run_id, **self.config.axes, "state": self.state, **rows, **sizes}
 
 
 @dataclass(frozen=True)
@@ -156,10 +169,17 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
 
     Raises:
         MissingError: if a data file does not exist.
-        InputError: if a data file cannot be used.
+        InputError: if a data file cannot be used, or the kernel of a run needs more memory than this machine has.
     """
     runs = plan_runs(study.runs(), root)
     left = [run for run in runs if run.state != "done"]
+    for run in left:
+        if run.memory > memory.total():
+            raise InputError(
+                f"run {run.config.run_id}: its kernel of n = {run.samples} examples takes {bytes_text(run.memory)} of "
+                f"memory, and this machine has {bytes_text(memory.total())}: train on fewer (data.n), and compute the "
+                "kernel on more of them afterwards in tiles: ntk-eos kernel ROOT --probe test"
+            )
     if not left or needs_import(study) or any(needs_download(run.config.data) for run in left):
         return Plan(runs, workers, None)
     largest = max(left, key=lambda run: run.samples * (run.samples + (run.parameters or 0)))

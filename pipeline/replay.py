@@ -43,6 +43,7 @@ from pipeline.errors import InputError, MissingError
 from pipeline.kernels import KERNELS
 from pipeline.measure import KernelChoice, Measure, named, trained_names
 from pipeline.models import build_model
+from pipeline.plan import kernel_bytes
 from pipeline.provenance import provenance
 from pipeline.record import MEMORY_BUDGET, Probe
 from pipeline.spectra import GUARDS, NonFiniteKernel, krylov_bytes, leading_pairs
@@ -191,6 +192,8 @@ def _ask(
         raise InputError(f"layers: of the kernel ntk only, not of {table['name']}")
     if matrix_free is not None and (table != {"name": "ntk"} or layers):
         raise InputError("matrix_free: of the kernel ntk only, without its layers")
+    if matrix_free is not None and not 0 < matrix_free < 1:
+        raise InputError(f"tolerance = {matrix_free}: must be above 0 and below 1")
     rows = _chosen(source, at)
     config = config_of(source.attrs["identity"])
     examples = _examples(source, config, probe)
@@ -295,9 +298,9 @@ class _Room:
             self.memory = peak_bytes(n, asked.pairs, schema.TILE, workers, memory_module.held())
             self.nbytes = rows * (4 * n * n + cross) + small
         else:
-            full = 12 * (n * c) ** 2 if c > 1 and asked.kernel["name"] == "ntk" else 0
-            self.memory = memory_module.held() + 24 * n * n + full + 2 * cross
-            self.nbytes = rows * (4 * n * n + full // 3 + cross) + small
+            pairs = c if asked.kernel["name"] == "ntk" else 1  # of outputs are measured together
+            self.memory = memory_module.held() + kernel_bytes(n, pairs) + 2 * cross
+            self.nbytes = rows * (4 * n * n + cross) + small
 
     def check(self, limit: int | None) -> None:
         """Raise InputError for what does not fit.

@@ -1,6 +1,5 @@
 """Measures on threads and on a Dask cluster: the same bits, within a budget, and one line for what goes wrong."""
 
-import os
 import re
 
 import dask
@@ -83,15 +82,11 @@ def test_a_budget_decides_how_many_tasks_run_at_once(monkeypatch):
 
 def test_half_of_the_free_memory_is_the_budget_by_default(monkeypatch):
     monkeypatch.setattr(compute, "_cores", lambda: 64)
-    monkeypatch.setattr(compute, "_free_memory", lambda: 6 * compute.TASK_BYTES)
+    monkeypatch.setattr(compute, "available", lambda: 6 * compute.TASK_BYTES)
     with analysis.computing():
         assert compute.tasks_at_once() == 3
         with compute.threads_for(2**60):  # nobody gave a budget: it is tried
             assert compute.tasks_at_once() == 1
-
-
-def test_free_memory_is_some_of_what_there_is():
-    assert 2**20 < compute._free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_eigenvalues_of_a_large_kernel_take_more_than_a_block(root):
@@ -104,10 +99,10 @@ def test_eigenvalues_of_a_large_kernel_take_more_than_a_block(root):
     assert compute.task_bytes(runs) == compute.TASK_BYTES
 
 
-@pytest.mark.parametrize("memory", ["lots", "-1GiB", 0, "0"])
+@pytest.mark.parametrize("memory", ["lots", "-1GiB", -1, 0, "0"])
 def test_a_budget_is_a_number_of_bytes(memory):
     with (
-        pytest.raises(InputError, match=r"must be a number of bytes above 0, such as 2GiB"),
+        pytest.raises(InputError, match=r"memory = .*: must be a number of bytes"),
         analysis.computing(memory=memory),
     ):
         pass

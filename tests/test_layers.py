@@ -50,7 +50,7 @@ LAYERS = {
         "report verdicts",
     ],
 }
-SHARED = {"errors", "schema", "disk", "store", "cluster"}  # what the analysis may know of the training stage
+SHARED = {"errors", "schema", "disk", "store", "cluster", "memory"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
 PURE |= {"flows", "matrix_free"}

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,15 +25,16 @@ import analysis
 from analysis import catalog, results
 from analysis.alignment import centred_alignment
 from pipeline import schema
-from pipeline.config import RunConfig, load_study
+from pipeline.config import File, Mlp, RunConfig, Stop, load_study
 from pipeline.data import load_data
 from pipeline.losses import LOSSES
 from pipeline.models import build_model
 from pipeline.operators import HessianOperator
 from pipeline.optim import UPDATES, GradientDescent
 from pipeline.processes import PROCESSES, Problem, Process
+from pipeline.replay import replay
 from pipeline.spectra import lanczos
-from pipeline.store import Writer, list_runs
+from pipeline.store import Writer, list_runs, run_path
 from pipeline.train import train
 
 Row = tuple[str, str, str, str]
@@ -256,6 +258,32 @@ def anywhere(folder: Path, repeats: int) -> Iterator[Row]:
            f"{again / workers:.2f} x its speed")  # fmt: skip
 
 
+def in_tiles(folder: Path, n: int, repeats: int) -> Iterator[Row]:
+    """A kernel that fits into memory, computed and stored whole and tile by tile, with its eigenpairs and digests."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 256)) / np.sqrt(np.arange(1, 257))
+    np.savez(folder / "probe.npz", x=x, y=np.sign(x[:, :1] * x[:, 1:2]))
+    np.savez(folder / "train.npz", x=x[:50], y=np.sign(x[:50, :1]))
+    run = RunConfig(
+        learning_rate=0.1, data=File(file=str(folder / "train.npz")), model=Mlp(width=200, depth=2), stop=Stop(steps=1)
+    )
+    root = fresh(folder / "tiles")
+    train(run, root)
+
+    def computed(tiled: int) -> None:
+        shutil.rmtree(Path(root, "analysis"), ignore_errors=True)
+        with patch.object(schema, "TILED", tiled):
+            replay(run_path(root, run.run_id), probe=folder / "probe.npz")
+
+    whole, tiles = in_turn(repeats, lambda: computed(n + 1), lambda: computed(1))
+    yield (
+        f"kernel in tiles, n = {n}",
+        f"{tiles:.1f} s",
+        f"{whole:.1f} s in memory",
+        f"{tiles / whole:.2f} x in memory",
+    )
+
+
 def measure(folder: Path, quick: bool) -> Iterator[Row]:
     """All rows of the table."""
     steps, repeats, n, count = (20, 1, 100, 4) if quick else (400, 5, 1000, 20)
@@ -264,6 +292,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
     yield from curvature(steps, repeats)
     yield from throughput(folder, n, count, repeats)
     yield from anywhere(folder, repeats)
+    yield from in_tiles(folder, 50 if quick else 6000, min(repeats, 3))
 
 
 def main() -> None:

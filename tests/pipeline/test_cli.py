@@ -323,9 +323,36 @@ def test_kernel_takes_options_in_toml(copy, tmp_path):
     assert "analysis/kernel/nngp-new-" in line
 
 
+def test_kernel_plans_without_writing(copy):
+    (planned,) = rows("kernel", copy, "lr-0.1_seed-0", "--probe", "train", "--plan", "--memory", "64GiB")
+    assert list(planned) == ["run", "n", "rows", "tiles", "bytes", "memory", "seconds"]
+    assert (planned["n"], planned["rows"], planned["tiles"]) == (40, 1, 1)
+    assert planned["seconds"] > 0
+    assert not (copy / "analysis").exists()
+    call("kernel", copy, "lr-0.1_seed-0", "--probe", "train")
+    (done,) = rows("kernel", copy, "lr-0.1_seed-0", "--probe", "train", "--plan")
+    assert (done["rows"], done["seconds"]) == (0, None)
+
+
+def test_a_kernel_that_is_not_formed_has_the_alignment_of_one_that_is(copy):
+    (formed,) = rows("kernel", copy, "lr-0.1_seed-0", "--probe", "train")
+    (free,) = rows("kernel", copy, "lr-0.1_seed-0", "--probe", "train", "--matrix-free", "--tolerance", "1e-6")
+    assert free["path"] != formed["path"]
+    assert free["kta_centred"] is None
+    assert free["kta"] == pytest.approx(formed["kta"], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("code", "options", "said"),
     [
+        (2, ["--probe", "train", "--tolerance", "0.1"], "--tolerance: of --matrix-free only"),
+        (2, ["--probe", "train", "--matrix-free", "--tolerance", "2"], "tolerance = 2.0: must be above 0 and below 1"),
+        (
+            2,
+            ["--probe", "train", "--memory", "1MiB"],
+            "of memory are needed, with workers = 1, and 1.0 MiB",
+        ),
+        (2, ["--probe", "train", "--memory", "much"], "'much': must be a number of bytes, such as 800MiB or 1.5GiB"),
         (4, ["--probe", "absent.npz"], "absent.npz: there is no such file"),
         (4, ["--probe", "train", "--at", "61"], "no snapshot at step 61; the nearest are at"),
         (2, ["--probe", "train", "--at", "soon"], "--at soon: must be final, all or steps"),
@@ -336,7 +363,7 @@ def test_kernel_takes_options_in_toml(copy, tmp_path):
         (2, ["--probe", "train", "--kernel", "conjugate", "--layers"], "layers: of the kernel ntk only"),
         (2, ["--probe", "WRONG"], "features of shape (5,)"),
     ],
-    ids=["file", "step", "at", "kernel", "option", "value", "toml", "layers", "features"],
+    ids=("tolerance large memory bytes file step at kernel option value toml layers features".split()),
 )
 def test_kernel_refuses_in_one_line_and_writes_nothing(copy, tmp_path, code, options, said):
     np.savez(tmp_path / "wrong.npz", x=np.ones((3, 5)))

@@ -11,7 +11,7 @@ from study_files import MINIMAL, assert_one_plain_line, fuzz, message, one
 
 from pipeline.config import File, load_study
 from pipeline.errors import InputError, MissingError, NtkEosError
-from pipeline.plan import START_SECONDS, Plan, plan_runs, plan_study, total
+from pipeline.plan import BASE_BYTES, START_SECONDS, Plan, plan_runs, plan_study, total
 from pipeline.train import train
 
 
@@ -211,3 +211,15 @@ def test_other_data_under_the_same_name_are_not_done(study, tmp_path):
     save(path, x=rng.normal(size=(8, 2)), y=rng.normal(size=8))
     with pytest.raises(InputError, match="was recorded on other data"):
         plan_runs([run], str(tmp_path / "root"))
+
+
+def test_a_kernel_that_no_memory_holds_is_refused_with_what_to_do(study, tmp_path, monkeypatch):
+    path = save(tmp_path / "xy.npz", x=np.zeros((9, 3)), y=np.zeros((9, 2)))
+    loaded = study(MINIMAL, f"data.file={path}", "record.eigenpairs=4")
+    (planned, *_) = plan_runs(loaded.runs(), "nowhere")
+    assert planned.memory == BASE_BYTES + 24 * 9**2 + 12 * 18**2
+    assert planned.as_row()["memory"] == planned.memory
+    monkeypatch.setattr("pipeline.memory.total", lambda: planned.memory - 1)
+    with pytest.raises(InputError, match=r"its kernel of n = 9 examples takes 300\.0 MiB of memory, and this "
+                                         r"machine has 300\.0 MiB: train on fewer \(data.n\)"):  # fmt: skip
+        plan_study(loaded, "nowhere", 1)
