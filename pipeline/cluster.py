@@ -43,6 +43,7 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
             other versions.
     """
     try:
+        from dask import config
         from distributed import Client
         from distributed.versions import VersionMismatchWarning
     except ImportError as error:
@@ -51,7 +52,8 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
         ) from error
     # What it would warn of is an error here if it matters.
     warnings.simplefilter("ignore", VersionMismatchWarning)
-    with _quiet():
+    # A client that does not come about leaves itself behind as what computes.
+    with _quiet(), config.set(scheduler=config.get("scheduler", None)):
         try:
             client = within(2 * CONNECT_SECONDS, lambda: Client(address, timeout=CONNECT_SECONDS))
         except ValueError as error:
