@@ -58,9 +58,10 @@ def offences(source: str) -> Iterator[str]:
         yield from (f"line {getattr(node, 'lineno', 0)} {rule}" for rule, broken in RULES.items() if broken(node))
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_library_code_is_safe(path):
-    assert list(offences(path.read_text())) == []
+def test_library_code_is_safe(measured):
+    found = {str(path.relative_to(ROOT)): list(offences(path.read_text())) for path in LIBRARY}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+    measured("R18", "every module of pipeline and analysis", modules=len(found), rules=len(RULES), uses=0)
 
 
 PLANTED = {

@@ -1,6 +1,5 @@
 """The first request to an object store goes wrong, the second, ... until a run gets through: no point is left out."""
 
-import json
 import random
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import count
 
 import pytest
 from bucket import URL, Bucket
+from sizes import sizes
 from writer_loop import RUN, assert_rows_are_those_of_their_steps, planned_rows, record
 
 from pipeline import objects
@@ -66,10 +66,9 @@ def runs(monkeypatch):
     return begin
 
 
+@sizes("groups", short=SMALL, full=LARGER)
 @pytest.mark.parametrize("kind", [*FAULTS, "cut"])
-@pytest.mark.parametrize("groups", [pytest.param(SMALL, id="small"),
-                                    pytest.param(LARGER, id="larger", marks=pytest.mark.reliability)])  # fmt: skip
-def test_a_run_survives_a_fault_at_every_request(runs, monkeypatch, capsys, groups, kind):
+def test_a_run_survives_a_fault_at_every_request(runs, monkeypatch, measured, groups, kind):
     monkeypatch.setattr(objects, "PUTS_AT_ONCE", 1)  # so that the k-th request is the same one every time
     runs(lambda *_: None)
     record(URL, groups, [])
@@ -91,12 +90,11 @@ def test_a_run_survives_a_fault_at_every_request(runs, monkeypatch, capsys, grou
             break
     assert point > 80
     assert failed == 0 if kind == "repeated" else failed > 0.9 * point
-    with capsys.disabled():
-        print(json.dumps({"promise": f"failing object store, {kind}", "points": point, "recovered": point}))
+    measured("R3", f"object store, a request is {kind}", points=point, recovered=point, rows_lost=0)
 
 
-@pytest.mark.parametrize("seeds", [10, pytest.param(300, marks=pytest.mark.reliability)])
-def test_a_run_gets_through_a_store_that_fails_now_and_then(runs, capsys, seeds):
+@sizes("seeds", short=10, full=100, soak=1000)
+def test_a_run_gets_through_a_store_that_fails_now_and_then(runs, measured, seeds):
     """Several PUTs at once, every fault, one request in forty."""
     runs(lambda *_: None)
     record(URL, LARGER, [])
@@ -117,5 +115,4 @@ def test_a_run_gets_through_a_store_that_fails_now_and_then(runs, capsys, seeds)
         record(URL, LARGER, committed)
         assert find_run(URL, RUN).head == head
         assert verify(find_run(URL, RUN), deep=True) == []
-    with capsys.disabled():
-        print(json.dumps({"promise": "object store that fails at random", "runs": seeds, "attempts": attempts}))
+    measured("R3", "object store, one request in forty fails", runs=seeds, attempts=attempts, rows_lost=0)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_store import mock_run
+from sizes import sizes
 from study_files import assert_one_plain_line
 
 from analysis import catalog, results
@@ -27,7 +28,7 @@ from pipeline.repair import repair_root
 from pipeline.store import read_run, run_paths
 from pipeline.verify import verify
 
-SIZES = [100, pytest.param(2000, marks=pytest.mark.reliability)]
+SIZES = {"short": 100, "full": 1000, "soak": 20000}
 MEMORY = 256 * 2**20
 
 ODD = st.sampled_from([
@@ -147,8 +148,8 @@ def files(root):
     return {path for path in root.rglob("*") if path.name not in ("analysis", "catalog.duckdb", ".catalog-lock")}
 
 
-@pytest.mark.parametrize("cases", SIZES)
-def test_any_record_is_read_or_refused_in_one_line(path, cases, capsys):
+@sizes("cases", **SIZES)
+def test_any_record_is_read_or_refused_in_one_line(path, cases, measured):
     document = json.loads((path / "zarr.json").read_bytes())
     outside, read = files(path.parents[2]), 0
 
@@ -172,9 +173,9 @@ def test_any_record_is_read_or_refused_in_one_line(path, cases, capsys):
     assert files(path.parents[2]) == outside
     grown = resident() - before
     assert grown < MEMORY
-    with capsys.disabled():
-        said = {"cases": cases // 2, "read": read, "tracebacks": 0, "MiB": grown // 2**20}
-        print(json.dumps({"promise": "a forged zarr.json is read or refused in one line", **said}))
+    of = "a finished" if document["attributes"]["status"] == "complete" else "a growing"
+    measured("R15", f"a forged zarr.json of {of} run", cases=cases // 2, read=read, tracebacks=0, paths_outside=0,
+             grown_MiB=grown // 2**20)  # fmt: skip
 
 
 SAYS = st.sampled_from(["run", "status", "head", "last_step", "commits", "elapsed", "error", "loss", "time"])
@@ -187,8 +188,8 @@ SAID = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("cases", SIZES)
-def test_any_heartbeat_is_read_or_counts_as_none(path, cases, capsys):
+@sizes("cases", **SIZES)
+def test_any_heartbeat_is_read_or_counts_as_none(path, cases, measured):
     @settings(max_examples=cases // 2, deadline=None)
     @given(SAID)
     def check(text):
@@ -200,9 +201,8 @@ def test_any_heartbeat_is_read_or_counts_as_none(path, cases, capsys):
             show([_status_row(path)], as_json=False)
 
     check()
-    with capsys.disabled():
-        said = {"cases": cases // 2, "tracebacks": 0}
-        print(json.dumps({"promise": "a forged run.json is read or counts as none", **said}))
+    of = "a finished" if read_run(path).attrs["status"] == "complete" else "a growing"
+    measured("R15", f"a forged run.json of {of} run", cases=cases // 2, tracebacks=0)
 
 
 def header(document):
@@ -216,8 +216,8 @@ HEADERS = st.dictionaries(st.sampled_from(["__metadata__", "model.0.weight", "st
 CHECKPOINTS = HEADERS.map(header) | st.binary(max_size=30).map(header) | st.binary(max_size=30)
 
 
-@pytest.mark.parametrize("cases", SIZES)
-def test_any_checkpoint_is_refused_in_one_line(cases, tmp_path_factory, capsys):
+@sizes("cases", **SIZES)
+def test_any_checkpoint_is_refused_in_one_line(cases, tmp_path_factory, measured):
     torch = pytest.importorskip("torch")
     from pipeline.record import Probe, Recorder
 
@@ -247,6 +247,4 @@ def test_any_checkpoint_is_refused_in_one_line(cases, tmp_path_factory, capsys):
             assert not attempt(resume)
 
     check()
-    with capsys.disabled():
-        said = {"cases": cases // 2, "tracebacks": 0}
-        print(json.dumps({"promise": "a forged checkpoint is refused in one line", **said}))
+    measured("R15", "a forged checkpoint", cases=cases // 2, refused_in_one_line=cases // 2)

@@ -1,10 +1,9 @@
 """SIGKILL of `ntk-eos run` at random moments: nothing committed is lost and the end is the same, bit for bit.
 
-Each kill costs the start of a command and of its workers, some 4 s, so twenty do not fit into a minute: the short test,
-which runs with all others, kills 5 times; the full one, which `make reliability` runs, 24 times.
+Each kill costs the start of a command and of its workers, some 4 s. test_resume.py kills training by the hundred, for
+every update rule, in processes that are forked; here it is the whole command, with its workers.
 """
 
-import json
 import os
 import random
 import signal
@@ -13,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from rows_seen import commits, committed, lost_rows
+from sizes import sizes
 
 from pipeline.config import load_study
 from pipeline.store import list_runs, read_run, run_path
@@ -81,10 +80,8 @@ def test_what_counts_as_lost():
     assert lost_rows(seen, {"a": {"train": ["1", "9"], "scalars": []}}) == 3
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(5, id="short"), pytest.param(24, id="full", marks=pytest.mark.reliability)]
-)
-def test_kills_lose_no_committed_row_and_change_no_bit(tmp_path, capsys, kills):
+@sizes("kills", short=3, full=12, soak=100)
+def test_kills_lose_no_committed_row_and_change_no_bit(tmp_path, measured, kills):
     rows, lost = kill_until_done(tmp_path / "killed", kills, seed=kills)
     assert rows > 0
     assert lost == 0
@@ -98,5 +95,5 @@ def test_kills_lose_no_committed_row_and_change_no_bit(tmp_path, capsys, kills):
         assert killed.head == read_run(run_path(whole, run.run_id)).head
     left = [path.name for path in (tmp_path / "killed" / "runs").rglob("*") if path.name.startswith((".tmp-", ".new-"))]
     assert left == []
-    with capsys.disabled():
-        print(json.dumps({"promise": "SIGKILL of `ntk-eos run`", "kills": kills, "rows seen": rows, "rows lost": lost}))
+    measured("R1", "SIGKILL of `ntk-eos run`, folder", kills=kills, rows_seen=rows, rows_lost=lost)
+    measured("R5", "SIGKILL of `ntk-eos run`, folder", kills=kills, equal_heads=len(study.runs()))

@@ -4,7 +4,6 @@ A disk in memory follows the operations of `pipeline.disk` as POSIX promises the
 its folder, bytes after an fsync of their file. It is then written out as one of the states that a cut may leave.
 """
 
-import json
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
+from sizes import sizes
 from writer_loop import RUN, assert_rows_are_those_of_their_steps, planned_rows, record
 
 from pipeline import disk
@@ -178,16 +177,12 @@ def walk(folder: Folder, path: Path) -> Iterator[tuple[Path, File]]:
 KEPT = ("nothing that was not synced", "some of it", "all names, but no bytes that were not synced")
 
 
-@pytest.mark.parametrize(
-    ("groups", "share"),
-    [
-        pytest.param({"spectra": ["prediction"]}, 0.12, id="short"),
-        pytest.param(
-            {"spectra": ["eigenvalue", "prediction"], "train": ["loss"]}, 1.0, id="full", marks=pytest.mark.reliability
-        ),
-    ],
+@sizes(
+    "groups, share",
+    short=({"spectra": ["prediction"]}, 0.12),
+    full=({"spectra": ["eigenvalue", "prediction"], "train": ["loss"]}, 1.0),
 )
-def test_what_was_committed_survives_a_power_cut_at_any_operation(tmp_path, capsys, groups, share):
+def test_what_was_committed_survives_a_power_cut_at_any_operation(tmp_path, measured, groups, share):
     dice = random.Random(0)
     committed: list[int] = []
 
@@ -223,6 +218,5 @@ def test_what_was_committed_survives_a_power_cut_at_any_operation(tmp_path, caps
             assert [problem for problem in verify(run, deep=True) if problem.damage] == [], where
             shutil.rmtree(root)
     assert watched.operations > 200
-    with capsys.disabled():
-        measured = {"operations": watched.operations, "cuts": len(states), "survived": len(states)}
-        print(json.dumps({"promise": "power cut", **measured}))
+    measured("R4", "a simulated disk that loses what was not synced", operations=watched.operations,
+             cuts=len(states), survived=len(states))  # fmt: skip

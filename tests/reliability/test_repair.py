@@ -1,12 +1,11 @@
 """Writers are killed at any file of any commit, and repair sweeps up after them: no committed byte goes."""
 
-import json
 from itertools import count
 from unittest.mock import patch
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import sizes
 from writer_loop import RUN, advance, open_writer, write_run
 
 from pipeline import zarr3
@@ -49,8 +48,8 @@ def committed(run):
     return {key: (run.path / key).read_bytes() for key in keys}
 
 
-@pytest.mark.parametrize("stores", [12, pytest.param(100, marks=pytest.mark.reliability)])
-def test_every_committed_byte_survives_and_no_debris_does(stores, tmp_path_factory, capsys):
+@sizes("stores", short=12, full=100)
+def test_every_committed_byte_survives_and_no_debris_does(stores, tmp_path_factory, measured):
     removed = kept = 0
 
     @settings(max_examples=stores, deadline=None)
@@ -89,6 +88,5 @@ def test_every_committed_byte_survives_and_no_debris_does(stores, tmp_path_facto
     with patch("os.fsync"):
         check()
     assert removed > stores / 2
-    with capsys.disabled():
-        said = {"stores": stores, "files removed": removed, "committed files": kept, "changed or lost": 0}
-        print(json.dumps({"promise": "repair removes no committed byte", **said}))
+    measured("R3", "repair after a writer died twice", stores=stores, files_removed=removed, committed_files=kept,
+             committed_files_changed=0)  # fmt: skip
