@@ -7,6 +7,7 @@ process throughout, as in a sweep: the Makefile sets BLAS's, the runs set torch'
 
 import argparse
 import copy
+import logging
 import os
 import shutil
 import statistics
@@ -32,9 +33,11 @@ from pipeline.models import build_model
 from pipeline.operators import HessianOperator
 from pipeline.optim import UPDATES, GradientDescent
 from pipeline.processes import PROCESSES, Problem, Process
+from pipeline.remote import sweep_on
 from pipeline.replay import replay
 from pipeline.spectra import lanczos
 from pipeline.store import Writer, list_runs, run_path
+from pipeline.sweep import sweep
 from pipeline.train import train
 
 Row = tuple[str, str, str, str]
@@ -127,6 +130,29 @@ def analysing(folder: Path, steps: int, repeats: int) -> Iterator[Row]:
     yield ("catalogue sync, nothing new", f"{1e3 * sync:.0f} ms", f"{rebuild:.2f} s to build",
            f"{sync / rebuild:.2f} of building")  # fmt: skip
     yield ("figure (a) by SQL", f"{1e3 * ask:.0f} ms", f"{retrain:.2f} s to train", f"{retrain / ask:.0f} x faster")
+
+
+def sweeping(steps: int, runs: int) -> Iterator[Row]:
+    """Runs per second of a sweep with two workers over one: processes here, and those of a Dask scheduler."""
+    study = load_study(
+        "digits", ["learning_rate=0.1", f"seed={list(range(runs))}", f"stop.steps={steps}", "stop.loss=1e-9"]
+    )
+
+    def on_processes(workers: int) -> None:
+        with tempfile.TemporaryDirectory() as root:
+            list(sweep(study.runs(), root, workers=workers))
+
+    def on_workers(workers: int) -> None:
+        with (
+            tempfile.TemporaryDirectory() as root,
+            LocalCluster(workers, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.ERROR) as local,
+        ):
+            list(sweep_on(local.scheduler_address, study.runs(), root))
+
+    for label, work in (("processes", on_processes), ("Dask workers", on_workers)):
+        two, one = in_turn(1, lambda work=work: work(2), lambda work=work: work(1))
+        yield (f"sweep of {runs} runs, 2 {label}", f"{runs / two:.2f} runs a second", f"{runs / one:.2f} with one",
+               f"{one / two:.2f} of one's throughput")  # fmt: skip
 
 
 def curvature(steps: int, repeats: int) -> Iterator[Row]:
@@ -289,6 +315,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
     steps, repeats, n, count = (20, 1, 100, 4) if quick else (400, 5, 1000, 20)
     yield from recording(folder, steps, repeats)
     yield from analysing(folder, steps, repeats)
+    yield from sweeping(steps, 2 if quick else 12)
     yield from curvature(steps, repeats)
     yield from throughput(folder, n, count, repeats)
     yield from anywhere(folder, repeats)
