@@ -345,11 +345,11 @@ def _seconds_per_row(asked: _Asked, model: nn.Module, workers: int) -> float:
     )
     n, k, started = asked.n, asked.pairs, time.perf_counter()
     if asked.matrix_free is not None:
-        few = min(n, 256)
+        few = min(n, products.EXAMPLES)
         operator = products.products_in_float64(model, x[:few])
         started = time.perf_counter()
-        operator.traced(torch.ones(2, few, dtype=torch.float64, device=operator.like.device))
-        return (time.perf_counter() - started) / 2 * n / few * (k + GUARDS) * products.PRODUCTS
+        operator.traced(torch.ones(k + GUARDS, few, dtype=torch.float64, device=operator.like.device))
+        return (time.perf_counter() - started) * n / few * products.PRODUCTS
     if not asked.in_tiles:
         few = min(n, 1000)
         Measure(x[:few], None, min(k, few), kernels=[asked.kernel]).rows(model, {"snapshots"})

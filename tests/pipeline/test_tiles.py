@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from bucket import URL, Bucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +17,7 @@ import analysis
 from pipeline import replay as replay_module
 from pipeline import schema
 from pipeline.config import File, Mlp, Record, RunConfig, Stop
-from pipeline.disk import Directory
+from pipeline.disk import Directory, door
 from pipeline.errors import DamagedStore, InputError
 from pipeline.memory import held
 from pipeline.repair import repair_root
@@ -332,3 +333,25 @@ def test_a_replay_without_the_kernel(run, small_tiles):
     for options in ({"kernel": "conjugate"}, {"layers": True}):
         with pytest.raises(InputError, match="matrix_free: of the kernel ntk only, without its layers"):
             replay(run, probe="train", matrix_free=1e-8, **options)
+
+
+def test_a_bucket_holds_the_same_and_its_run_goes_on_too(run, small_tiles, monkeypatch):
+    one = Bucket()
+    monkeypatch.setattr("pipeline.objects.client", lambda bucket: one)
+    monkeypatch.setattr("pipeline.objects.PUTS_AT_ONCE", 1)
+    for file in (file for file in run.rglob("*") if file.is_file() and file.name != "LEASE"):
+        door(URL).put(f"runs/{run.name}/{file.relative_to(run).as_posix()}", file.read_bytes())
+    source = f"{URL}/runs/{run.name}"
+    with (
+        patch.object(replay_module, "leading_pairs", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        replay(source, probe=probe_of(run))
+    make = TileMaker.make
+    monkeypatch.setattr(TileMaker, "make", lambda self, task: pytest.fail("all tiles were there"))
+    found = replay(source, probe=probe_of(run))
+    monkeypatch.setattr(TileMaker, "make", make)
+    assert read_run(found).head == read_run(replay(run, probe=probe_of(run))).head
+    assert verify_root(found.parent.parent, deep=True) == []
+    with pytest.raises(InputError, match=r"workers = 2: memory://.* is in the memory of one process"):
+        replay(source, probe=probe_of(run), at="all", workers=2)
