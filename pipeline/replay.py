@@ -53,6 +53,8 @@ from pipeline.train import computing, find_device
 
 FOLDER = Path("analysis", "kernel")
 COMMIT_SECONDS = 5.0
+# Of what the budget of memory leaves, at most so much is used to capture fewer examples twice.
+SPARE = 2**30
 # What is computed in chunks where the kernel is too large for memory, and the share of the time that it takes.
 IN_CHUNKS, TILES = ("ntk", "ntk_train_cross"), 0.8
 
@@ -122,11 +124,12 @@ def replay(
     with computing(_threads(asked.source, asked.config)):
         network = _network(asked.source, asked.config, allow_imports) if model is None else model
         _check_parameters(asked.source, network)
-        _Room(asked, workers).check(memory)
+        spare = min(SPARE, _Room(asked, workers).check(memory) // 2) // workers
         build = partial(
-            _maker_elsewhere, asked.source.path, asked.path, asked.kernel, asked.examples.targets, allow_imports
+            _maker_elsewhere, asked.source.path, asked.path, asked.kernel, asked.examples.targets, allow_imports, spare
         )
-        _measure_into(asked, network, Pool(workers, _threads(asked.source, asked.config), build), progress)
+        pool = Pool(workers, _threads(asked.source, asked.config), build)
+        _measure_into(asked, network, pool, spare, progress)
     return asked.path
 
 
@@ -302,11 +305,14 @@ class _Room:
             self.memory = memory_module.held() + kernel_bytes(n, pairs) + 2 * cross
             self.nbytes = rows * (4 * n * n + cross) + small
 
-    def check(self, limit: int | None) -> None:
+    def check(self, limit: int | None) -> int:
         """Raise InputError for what does not fit.
 
         Args:
             limit: bytes that may be taken, or None for what is available.
+
+        Returns:
+            Bytes that are left.
         """
         allowed = memory_module.available() if limit is None else limit
         what = f"the kernel {self._asked.kernel['name']} of n = {self._asked.n} examples"
@@ -327,6 +333,7 @@ class _Room:
                 f"{self._asked.source.path.parent.parent}: make room, take fewer examples, or do not form it "
                 "(matrix_free)"
             )
+        return allowed - self.memory
 
 
 def _free_bytes(path: Location) -> int | None:
@@ -518,7 +525,9 @@ def _check_predictions(source: Run, model: nn.Module, row: int, x: torch.Tensor)
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _measure_into(asked: _Asked, model: nn.Module, pool: Pool, progress: Callable[[float, str], None]) -> None:
+def _measure_into(
+    asked: _Asked, model: nn.Module, pool: Pool, spare: int, progress: Callable[[float, str], None]
+) -> None:
     """Measure the rows that the result lacks, and commit them."""
     source, examples, kernel = asked.source, asked.examples, asked.kernel
     like = next(model.parameters())
@@ -581,7 +590,7 @@ def _measure_into(asked: _Asked, model: nn.Module, pool: Pool, progress: Callabl
                 values = products.matrix_free(model, x, y, asked.pairs, asked.matrix_free, share)
             else:
                 arrays = {name: writer.in_chunks("snapshots", name) for name in IN_CHUNKS if name in names}
-                maker = TileMaker(model, kernel, x, y, train, arrays)
+                maker = TileMaker(model, kernel, x, y, train, arrays, spare if pool.count == 1 else 0)
                 elsewhere = {name: replace(array, directory=door(asked.path)) for name, array in arrays.items()}
                 of_row = replace(pool, build=partial(pool.build, row, elsewhere))
                 values = _row_in_tiles(writer, maker, of_row, Ledger(step, arrays, kept), asked.pairs, share)
@@ -612,6 +621,7 @@ def _maker_elsewhere(
     kernel: dict[str, Any],
     targets: bool,
     allow_imports: bool,
+    spare: int,
     row: int,
     arrays: dict[str, InChunks],
 ) -> TileMaker:
@@ -625,7 +635,7 @@ def _maker_elsewhere(
         torch.as_tensor(run.read(f"probe/{name}"), device=next(model.parameters()).device)
         for run, name in ((found, "input"), (found, "target"), (source, "input"))
     )
-    return TileMaker(model, kernel, x, y if targets else None, train, arrays)
+    return TileMaker(model, kernel, x, y if targets else None, train, arrays, spare)
 
 
 def _row_in_tiles(
@@ -634,7 +644,7 @@ def _row_in_tiles(
     """What is measured of a kernel that is computed tile by tile; what is done is committed every few seconds."""
     count, left, committed = len(ledger.tasks), ledger.left, time.monotonic()
     try:
-        for number, (task, sums) in enumerate(made(left, maker, pool), count - len(left) + 1):
+        for number, (task, sums) in enumerate(made(maker.ordered(left), maker, pool), count - len(left) + 1):
             ledger.enter(task, sums)
             progress(TILES * number / count, f"tile {number} of {count}")
             if time.monotonic() - committed > COMMIT_SECONDS or number == count:

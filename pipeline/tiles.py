@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import NtkEosError
-from pipeline.kernels import KERNELS, NTK
-from pipeline.kernels.structure import structure
+from pipeline.kernels import KERNELS, NTK, BlockPairs
 from pipeline.spectra import NonFiniteKernel, krylov_bytes
 from pipeline.store import InChunks
 from pipeline.sweep import THREAD_VARIABLES, begin_worker, blocked_signals, environment
@@ -58,6 +57,7 @@ class TileMaker:
         y: their targets (n, c), or None.
         train: the examples of the columns of `ntk_train_cross`, if there is one.
         arrays: `ntk`, and perhaps `ntk_train_cross`, in the row that is being written.
+        spare: bytes in which more of an NTK's examples are kept captured; no bit depends on it.
 
     Attributes:
         arrays: the same.
@@ -71,15 +71,26 @@ class TileMaker:
         y: Tensor | None,
         train: Tensor,
         arrays: Mapping[str, InChunks],
+        spare: int = 0,
     ) -> None:
         self.arrays = arrays
         self._model, self._x, self._train = model, x, train
         self._y = None if y is None else y.numpy(force=True).astype(np.float64)
         self._kernel = KERNELS[kernel["name"]]
         self._options = {name: value for name, value in kernel.items() if name != "name"}
+        self._pairs = None
         if self._kernel is NTK:
-            self._options |= {"memory": MEMORY, "keep": False}
-            structure(model, x)  # found on the first examples, whichever tile is the first
+            self._options |= {"memory": MEMORY}
+            self._pairs = BlockPairs(model, x, arrays["ntk"].chunks[0], spare=spare, **self._options)
+            self._options |= {"keep": False}
+
+    def ordered(self, tasks: Iterable[Task]) -> list[Task]:
+        """The tasks in an order in which few examples go through the model again.
+
+        Of panels of so many rows of tiles as can be kept beside the block of a column and the one before it.
+        """
+        panel = max(1, self._pairs.held - 2) if self._pairs else 1
+        return sorted(tasks, key=lambda task: (task[0], task[1][0] // panel, task[1][1], task[1][0]))
 
     def make(self, task: Task) -> Array:
         """Compute one chunk and put it, with its mirror if it is a tile of `ntk`.
@@ -95,8 +106,11 @@ class TileMaker:
         rows, columns = array.region(index)
         others = self._x if name == "ntk" else self._train
         diagonal = name == "ntk" and rows == columns
-        evaluate = self._kernel(self._x[rows], None if diagonal else others[columns], **self._options)
-        block = evaluate(self._model).numpy(force=True)
+        if name == "ntk" and self._pairs:
+            kernel = self._pairs(rows, columns)
+        else:
+            kernel = self._kernel(self._x[rows], None if diagonal else others[columns], **self._options)(self._model)
+        block = kernel.numpy(force=True)
         if not np.isfinite(block).all():
             raise NonFiniteKernel(
                 f"{name} is not finite between the examples {rows.start} to {rows.stop - 1} and {columns.start} to "

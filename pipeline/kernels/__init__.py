@@ -1,6 +1,7 @@
 """Kernels of models on examples: exact, at finite and infinite width.
 
-`NTK` evaluates the empirical kernel of a model that changes on examples that do not; `empirical_ntk` does it once.
+`NTK` evaluates the empirical kernel of a model that changes on examples that do not; `empirical_ntk` does it once, and
+`BlockPairs` between blocks of many examples.
 `KERNELS` holds, by name, what a study can record: each entry is called as `entry(x1, x2=None, **options)` and gives an
 object that takes a model to its kernel (n1, n2).
 """
@@ -11,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.kernels.conjugate import ConjugateKernel
-from pipeline.kernels.empirical import NTK, empirical_ntk
+from pipeline.kernels.empirical import NTK, BlockPairs, empirical_ntk
 from pipeline.kernels.infinite import infinite_kernels
 
-__all__ = ["KERNELS", "NTK", "ConjugateKernel", "empirical_ntk", "infinite_kernels"]
+__all__ = ["KERNELS", "NTK", "BlockPairs", "ConjugateKernel", "empirical_ntk", "infinite_kernels"]
 
 Kernel = Callable[[nn.Module], Tensor]
 

@@ -162,14 +162,8 @@ class NTK:
         Raises:
             InputError: if there is no room for two.
         """
-        most, item = max(self._n1, self._n2), work.like.element_size()
-        each = sum(math.prod(shape) for term in work.terms for shape in term.shapes) * item
-        fixed = work.captured_at_once(most, self._memory) * work.captured_bytes
-        fixed += 2 * min(gram.TILE, most) * most * work.c * item
-        fixed += (
-            sum(term.inputs.numel() for term in work.terms if isinstance(term, Product) and term.inputs is not None)
-            * item
-        )
+        most = max(self._n1, self._n2)
+        each, fixed = work.kept_bytes, work.fixed_bytes(most, self._memory)
         if (self._n1 if self._symmetric else self._n1 + self._n2) * each + fixed <= self._memory:
             return most
         size = (self._memory - fixed) // (2 * each)
@@ -258,6 +252,76 @@ class NTK:
         return _grams[key]
 
 
+class BlockPairs:
+    """The NTK summed over outputs between blocks of examples; blocks that were used last are not captured again.
+
+    The model must not change meanwhile. A kernel has the same bits whatever is kept.
+
+    Args:
+        model: maps n examples to (n, c), each on its own.
+        x: all examples (n, ...).
+        size: examples of a block, at most.
+        memory: as of `NTK`, for the kernel of two blocks.
+        spare: bytes beside that, for what was captured of further blocks.
+        weights: as of `NTK`.
+
+    Attributes:
+        held: how many blocks can be kept, two of which are those in use; none where two blocks do not fit into the
+            memory and are taken in parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        size: int,
+        memory: int = MEMORY,
+        spare: int = 0,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self._model, self._x = model, x
+        self._options: dict[str, Any] = {"weights": weights, "memory": memory, "keep": False}
+        self._ntk = NTK(x, **self._options)
+        known = structure(model, x)  # found on the first examples, whichever block is the first
+        like, size = next(iter(trained(model).values())).detach(), min(size, len(x))
+        setting = Setting(known.c, False, _factors(dict(weights or {}), known))
+        self._work = _Work(model, known, terms_of(known, setting, False, lambda *_: None), like, 1)
+        block = size * self._work.kept_bytes
+        fits = 2 * block + self._work.fixed_bytes(size, memory) <= memory
+        self.held = 2 + spare // max(block, 1) if fits else 0
+        self._blocks: OrderedDict[tuple[int, int], tuple[str, list[Kept]]] = OrderedDict()
+
+    def __call__(self, rows: slice, columns: slice) -> Tensor:
+        """The kernel of two blocks, in memory that the next call overwrites; exactly symmetric for twice the same.
+
+        Raises:
+            InputError: as `NTK` and its call.
+        """
+        if self.held:
+            try:
+                left = self._kept(rows)
+                right = left if rows == columns else self._kept(columns)
+                kernel = self._ntk._parts(self._work, left, right, (rows, columns))[""]
+                if rows == columns:
+                    gram.mirror(kernel)
+                return kernel
+            except Unstructured:
+                self._blocks.clear()  # the data choose what is called, and these choose otherwise
+        return NTK(self._x[rows], None if rows == columns else self._x[columns], **self._options)(self._model)
+
+    def _kept(self, rows: slice) -> list[Kept]:
+        """What is kept of a block, captured if it is not there; the one that was not used for longest makes room."""
+        key = rows.start, rows.stop
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+        else:
+            room = f"block {len(self._blocks)}"
+            if len(self._blocks) == self.held:
+                _, (room, _) = self._blocks.popitem(last=False)
+            self._blocks[key] = room, self._ntk._kept(self._work, self._x, rows, room)
+        return self._blocks[key][1]
+
+
 @dataclass(frozen=True)
 class _Work:
     """One evaluation.
@@ -275,6 +339,18 @@ class _Work:
     terms: list[Term]
     like: Tensor
     c: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what the terms keep of an example."""
+        return sum(math.prod(shape) for term in self.terms for shape in term.shapes) * self.like.element_size()
+
+    def fixed_bytes(self, most: int, memory: int) -> int:
+        """Beside that, for blocks of at most so many examples: while they are captured, and for their products."""
+        inputs = (term.inputs for term in self.terms if isinstance(term, Product))
+        numbers = 2 * min(gram.TILE, most) * most * self.c + sum(gram.numel() for gram in inputs if gram is not None)
+        captured = self.captured_at_once(most, memory) * self.captured_bytes
+        return captured + numbers * self.like.element_size()
 
     @property
     def generic_numbers(self) -> int:

@@ -96,11 +96,11 @@ def test_tiles_are_the_kernel_and_their_sums_those_of_it(tmp_path_factory, name,
     np.testing.assert_allclose(product(arrays["ntk"])(vectors), vectors @ exact, atol=1e-12 * size * n)
 
 
-def test_bits_depend_neither_on_the_order_nor_on_threads(tmp_path):
-    *_, arrays, maker, ledger = made(tmp_path / "one", "convolution", 20, 6, 2, 0)
+def test_bits_depend_neither_on_the_order_nor_on_threads_nor_on_what_is_kept(tmp_path):
+    model, x, y, train, arrays, _, ledger = made(tmp_path / "one", "convolution", 20, 6, 2, 0)
     other = {name: InChunks(**{**vars(a), "directory": Directory(tmp_path / "two")}) for name, a in arrays.items()}
-    maker.arrays, again = other, Ledger(0, other, {})
-    for task in reversed(again.left):
+    maker, again = TileMaker(model, {"name": "ntk"}, x, y, train, other, spare=10**9), Ledger(0, other, {})
+    for task in reversed(maker.ordered(again.left)):
         again.enter(task, maker.make(task))
     assert again.totals() == ledger.totals()
     for name, array in arrays.items():
@@ -108,6 +108,15 @@ def test_bits_depend_neither_on_the_order_nor_on_threads(tmp_path):
             assert other[name].directory.get(array.key(index)) == array.directory.get(array.key(index))
     vectors = np.random.default_rng(0).normal(size=(3, 20))
     np.testing.assert_array_equal(product(arrays["ntk"], threads=3)(vectors), product(arrays["ntk"])(vectors))
+
+
+def test_tasks_are_ordered_in_panels_of_what_is_kept(tmp_path):
+    *_, maker, ledger = made(tmp_path, "mlp", 20, 4, 1, 0)
+    assert maker.ordered(reversed(ledger.tasks)) == ledger.tasks  # two blocks: row by row
+    maker._pairs.held = 4
+    rows = [index for name, index in maker.ordered(ledger.tasks) if name == "ntk"]
+    assert rows[:7] == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
+    assert sorted(maker.ordered(ledger.tasks)) == sorted(ledger.tasks)
 
 
 def test_half_of_the_tiles_is_computed(tmp_path):

@@ -693,3 +693,42 @@ def test_a_model_without_a_last_linear_map_has_no_conjugate_kernel():
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
     with pytest.raises(InputError, match="Sequential does not end in a linear map, so it has no conjugate kernel"):
         KERNELS["conjugate"](randn(3, 5))(model)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("spare", [0, 10**9])
+def test_pairs_of_blocks_have_the_bits_of_single_kernels_and_are_captured_once(name, spare, monkeypatch):
+    from pipeline.kernels import BlockPairs
+
+    model = (
+        mlp((12, 7, 5, 2))
+        if name == "mlp"
+        else nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+    )
+    model = model.float()
+    x = randn(23, 12, seed=1).float() if name == "mlp" else randn(23, 3, 4, 4, seed=1).float()
+    pairs = BlockPairs(model, x, 6, spare=spare)
+    captured, kept = [], NTK._kept
+    monkeypatch.setattr(
+        NTK, "_kept", lambda self, work, x, rows, side: captured.append(rows) or kept(self, work, x, rows, side)
+    )
+    blocks = [slice(i, min(i + 6, 23)) for i in range(0, 23, 6)]
+    for i, rows in enumerate(blocks):
+        for columns in blocks[: i + 1]:
+            found = pairs(rows, columns).clone()
+            with monkeypatch.context() as patch:
+                patch.setattr(NTK, "_kept", kept)
+                alone = NTK(x[rows], None if rows == columns else x[columns], keep=False)(model)
+            assert torch.equal(found, alone)
+    assert len(captured) == (len(blocks) if spare else 1 + 2 + 3 + 3)
+
+
+def test_blocks_that_do_not_fit_are_taken_in_parts():
+    from pipeline.kernels import BlockPairs
+
+    model, x = mlp((12, 30, 20, 2)), randn(23, 12, seed=1)
+    pairs = BlockPairs(model, x, 20, memory=60_000)
+    assert pairs.held == 0
+    whole = oracles.trace(oracles.ntk(model, x))
+    close(pairs(slice(0, 20), slice(0, 20)), whole[:20, :20])
+    close(pairs(slice(20, 23), slice(0, 20)), whole[20:, :20])
