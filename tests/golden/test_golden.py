@@ -4,6 +4,9 @@ A test here that fails says that stores out there can no longer be read, or mean
 to make the store anew.
 """
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ from mock_store import mock_run
 
 from analysis import open_sweep
 from pipeline import schema
+from pipeline.errors import InputError
 from pipeline.store import list_runs, read_run
 from pipeline.verify import verify_root
 
@@ -71,7 +75,7 @@ def test_plain_xarray_gives_the_numbers(name, group):
 
 
 @pytest.mark.parametrize("name", make.RUNS)
-def test_an_independent_reader_gives_the_numbers_and_the_digests(name):
+def test_an_independent_reader_gives_the_numbers_and_the_digests(name, measured):
     run = IndependentRun(PATHS[name])
     for group in make.RUNS[name][2]:
         for variable in names(name, group):
@@ -80,6 +84,25 @@ def test_an_independent_reader_gives_the_numbers_and_the_digests(name):
             assert run.digest(group, row) == digest.tobytes()
     assert run.seed_digest().hex() == run.attrs["seed_digest"]
     assert run.head().hex() == HEADS[name]
+    measured(
+        "R19", f"golden store of format 1, {name}", arrays=len(run.arrays), rows=sum(run.attrs["lengths"].values()),
+        values_that_differ=0,
+    )  # fmt: skip
+
+
+def test_a_store_of_the_next_format_is_refused_with_what_to_do(tmp_path, measured):
+    for name, path in PATHS.items():
+        copy = shutil.copytree(path, tmp_path / "runs" / path.name)
+        document = json.loads((copy / "zarr.json").read_text())
+        document["attributes"]["format_version"] += 1
+        (copy / "zarr.json").write_text(json.dumps(document))
+        said = f"{name}.zarr has format version 2; this ntk-eos reads 1: install a newer one"
+        with pytest.raises(InputError, match=re.escape(said)):
+            read_run(copy)
+    with pytest.raises(InputError, match="install a newer one"):
+        open_sweep(tmp_path)
+    assert [problem.damage for problem in verify_root(tmp_path)] == [False] * len(PATHS)
+    measured("R19", "stores of format 2 are refused with a hint", stores=len(PATHS), refused=len(PATHS))
 
 
 def test_the_analysis_opens_it_as_a_sweep():
@@ -104,8 +127,19 @@ def test_what_is_written_today_has_the_same_heads(tmp_path):
     assert {run.run_id: run.head for run in list_runs(tmp_path)} == HEADS
 
 
-def test_an_independent_reader_reads_what_is_written_today(tmp_path):
-    path = mock_run(tmp_path, 0.1, 0, steps=7, n=5, c=2, k=3, conjugate=True, layers=True)
+KINDS = {
+    "of one output": {"c": 1},
+    "with other kernels and layers": {"conjugate": True, "layers": True},
+    "of all pairs of outputs": {"full": True},
+    "with held-out examples": {"test": 4},
+    "diverged": {"end": "diverged"},
+    "growing": {"end": None},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_independent_reader_reads_what_is_written_today(tmp_path, measured, kind):
+    path = mock_run(tmp_path, 0.1, 0, **{"steps": 7, "n": 5, "c": 2, "k": 3} | KINDS[kind])
     ours, theirs = read_run(path), IndependentRun(path)
     assert theirs.arrays.keys() == {
         f"{group}/{name}" for group in ("probe", *ours.lengths) for name in ours.arrays(group)
@@ -113,6 +147,7 @@ def test_an_independent_reader_reads_what_is_written_today(tmp_path):
     for name, values in theirs.arrays.items():
         np.testing.assert_array_equal(values, ours.read(name))
     assert theirs.head().hex() == ours.head
+    measured("R19", f"an independent reader of a run of today, {kind}", arrays=len(theirs.arrays), values_that_differ=0)
 
 
 def test_the_page_lists_every_variable_of_a_digest_in_its_order():
