@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -99,8 +100,20 @@ def one_row_per_run(ds: xr.Dataset, runs: Runs, positions: Sequence[int] | NDArr
 
 
 def taken(array: xr.DataArray, dim: str, positions: NDArray[np.intp]) -> xr.DataArray:
-    """Values of other rows, such as the following ones, in the place of each row's own; its coordinates stay."""
-    return array.copy(data=array.variable.isel({dim: positions}).data)
+    """Values of other rows, such as the following ones, in the place of each row's own; its coordinates stay.
+
+    A lazy array keeps its blocks, and a block for which one row stands is a view of that row: copies of the first
+    kernel of a run, which Dask is free to make before anything needs them, would fill the memory.
+    """
+    if not isinstance(array.data, da.Array):
+        return array.copy(data=array.variable.isel({dim: positions}).data)
+    axis = array.get_axis_num(dim)
+    parts = []
+    for rows in np.split(positions, np.cumsum(array.data.chunks[axis])[:-1]):
+        part = array.variable.isel({dim: rows[:1] if (rows == rows[0]).all() else rows}).data.rechunk({axis: -1})
+        shape = (*array.shape[:axis], len(rows), *array.shape[axis + 1 :])
+        parts.append(da.broadcast_to(part, shape, chunks=(*part.chunks[:axis], len(rows), *part.chunks[axis + 1 :])))
+    return array.copy(data=da.concatenate(parts, axis))
 
 
 def join(ds: xr.Dataset, other: xr.Dataset) -> xr.Dataset:

@@ -1,5 +1,6 @@
 """Rows grouped by run."""
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
@@ -92,6 +93,18 @@ def test_joined_groups_have_the_rows_of_both(sweep):
         assert joined.trace[row] == scalars.trace[there.values]
         here = (sweep.run == run) & (sweep.step == step)
         np.testing.assert_array_equal(joined.ntk[row], sweep.ntk[here.values][0])
+
+
+def test_rows_in_the_place_of_others_keep_their_blocks_and_are_not_copied(sweep):
+    """Copies of a run's first kernel, one for each of its rows, would be as large as the store."""
+    positions = runs_of(sweep).ends(0)
+    found = taken(sweep.ntk, "snapshot", positions)
+    np.testing.assert_array_equal(found, sweep.ntk.values[positions])
+    assert found.chunks == sweep.ntk.chunks
+    blocks = dask.compute(*found.data.to_delayed().ravel(), scheduler="sync")
+    assert {block.strides[0] for block in blocks if len(block) > 1} == {0}
+    shuffled = np.random.default_rng(0).permutation(len(positions))
+    np.testing.assert_array_equal(taken(sweep.ntk, "snapshot", shuffled), sweep.ntk.values[shuffled])
 
 
 def test_a_join_keeps_the_values_of_the_first(sweep):
