@@ -81,10 +81,11 @@ class Lease:
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
         if self._handle is not None:
+            handle, self._handle = self._handle, None
             # Closing alone would leave the lock to any child process that was forked meanwhile.
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
-            os.close(self._handle)
-            self._handle = None
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
 
 
 class Directory:
@@ -243,10 +244,10 @@ class Directory:
     def delete(self, key: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""
         target = self._file(key)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target, ignore_errors=True)
-        else:
-            with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
                 target.unlink()
 
     def sweep(self) -> None:
@@ -289,7 +290,8 @@ class Directory:
         with self.lease(CREATING, note, wait=True):
             # Nobody else creates now, so half-made folders are a killed writer's.
             for left in self.path.glob(f"{NEW}*"):
-                self.delete(left.name)
+                with suppress(OSError):  # in nobody's way
+                    self.delete(left.name)
             if not self.exists(name):
                 hidden = Directory(self.path / f"{NEW}{uuid.uuid4().hex}-{name}")
                 hidden.make()

@@ -1,6 +1,5 @@
 """The S3 protocol itself: a server on loopback that may fail, the real client and its retries, kills of the command."""
 
-import json
 import os
 import random
 import signal
@@ -15,14 +14,26 @@ import pytest
 import xarray as xr
 from obstore.store import from_url
 from rows_seen import commits, committed, lost_rows
-from writer_loop import RUN, advance, open_writer, record, write_run
+from sizes import sizes
+from warm import Warm
+from writer_loop import (
+    RUN,
+    advance,
+    assert_columns_are_those_of_their_steps,
+    assert_rows_are_those_of_their_steps,
+    go_on,
+    next_step,
+    open_writer,
+    record,
+    write_run,
+)
 from zarr.storage import ObjectStore
 
 from pipeline import objects
 from pipeline.config import load_study
 from pipeline.disk import door
 from pipeline.errors import RunLocked
-from pipeline.store import LEASE, find_run, list_runs, read_run, run_path
+from pipeline.store import LEASE, find_run, is_run, list_runs, read_run, run_path
 from pipeline.train import train
 from pipeline.verify import verify
 
@@ -87,7 +98,7 @@ def test_a_lost_lease_is_taken_over_and_its_holder_is_stopped(server, monkeypatc
 
 
 @pytest.mark.parametrize("server", [8], indirect=True)
-def test_a_server_that_fails_changes_no_bit(server, tmp_path, capsys):
+def test_a_server_that_fails_changes_no_bit(server, tmp_path, measured):
     groups = {"spectra": ["eigenvalue", "prediction"], "train": ["loss"]}
     record(tmp_path, groups, [])
     for number in range(5):
@@ -95,15 +106,15 @@ def test_a_server_that_fails_changes_no_bit(server, tmp_path, capsys):
         run = find_run(f"{URL}-{number}", RUN)
         assert run.head == find_run(tmp_path, RUN).head
         assert verify(run, deep=True) == []
-    with capsys.disabled():
-        print(json.dumps({"promise": "S3 server that fails 8 % of requests", "runs": 5, "lost": 0}))
+    measured("R3", "S3 server that fails 8 % of requests", runs=5, rows_lost=0, equal_heads=5)
 
 
+@sizes("kills", full=4, soak=40)
 @pytest.mark.parametrize("server", [2], indirect=True)
-def test_kills_lose_no_committed_row_and_change_no_bit(server, tmp_path, capsys):
+def test_kills_lose_no_committed_row_and_change_no_bit(server, tmp_path, measured, kills):
     command = [str(COMMAND), "run", "smoke", "--out", URL, "-q", *(w for key in OVERRIDES for w in ("--set", key))]
     dice, seen, lost = random.Random(0), {}, 0
-    for number in range(6):
+    for number in range(kills):
         before, patience = commits(URL), time.monotonic() + 60
         process = subprocess.Popen(command, start_new_session=True)
         while number and commits(URL) == before and process.poll() is None and time.monotonic() < patience:
@@ -127,8 +138,68 @@ def test_kills_lose_no_committed_row_and_change_no_bit(server, tmp_path, capsys)
         subprocess.run([str(COMMAND), words[0], URL, *words[1:]], check=True, capture_output=True)
     rows = sum(len(digests) for groups in seen.values() for digests in groups.values())
     assert rows > 0
-    with capsys.disabled():
-        print(json.dumps({"promise": "SIGKILL of `ntk-eos run` to S3", "kills": 6, "rows": rows, "lost": lost}))
+    measured("R1", "SIGKILL of `ntk-eos run`, S3 server", kills=kills, rows_seen=rows, rows_lost=lost)
+    measured("R5", "SIGKILL of `ntk-eos run`, S3 server", kills=kills, equal_heads=2)
+
+
+GROUPS = {"snapshots": ["ntk"], "train": ["loss"]}
+
+
+def write(url, steps):
+    """The writer that is killed."""
+    with open_writer(url, groups=GROUPS) as writer:
+        go_on(writer, steps, tuple(GROUPS))
+
+
+def look(url, seen):
+    """What is there is what was written, also through xarray alone, and no less than before; its rows, and the lot."""
+    if not is_run(run_path(url, RUN)):
+        assert not seen
+        return 0
+    run = find_run(url, RUN)
+    rows = assert_rows_are_those_of_their_steps(run)
+    plain = ObjectStore(from_url(str(run.path)), read_only=True)
+    with xr.open_datatree(plain, engine="zarr") as tree:
+        for group in GROUPS:
+            ds = tree[group].to_dataset()
+            columns = {name: array.values for name, array in ds.variables.items() if name != "digest"}
+            assert_columns_are_those_of_their_steps(group, ds.sizes["step"], columns)
+            assert ds.sizes["step"] >= run.lengths[group] >= seen.get(group, 0)
+            seen[group] = ds.sizes["step"]
+            rows += ds.sizes["step"]
+    return rows
+
+
+@sizes("kills", full=10, soak=300)
+def test_a_killed_writer_loses_nothing_and_shows_nothing_half(server, tmp_path, measured, kills):
+    dice, done, rows, looks, runs = random.Random(kills), 0, 0, 0, 0
+    with Warm(__file__, "write") as warm:
+        while done < kills:
+            url, seen, runs = f"{URL}-{runs}", {}, runs + 1
+            for number in range(min(10, kills - done)):
+                before, patience = commits(url), time.monotonic() + 60
+                with warm.call(url, 10**6) as writer:
+                    # Every fourth kill hits anywhere, opening and creation included.
+                    while number % 4 and commits(url) == before and time.monotonic() < patience:
+                        time.sleep(0.05)
+                    deadline = time.monotonic() + dice.uniform(0, 1)
+                    while time.monotonic() < deadline:
+                        rows, looks = rows + look(url, seen), looks + 1
+                    assert writer.kill(), "the writer failed"
+                done += 1
+                rows, looks = rows + look(url, seen), looks + 1
+                # Nobody waits for a minute here: whoever knows that the writer is dead may delete its lease.
+                door(run_path(url, RUN)).delete(LEASE)
+            with open_writer(url, groups=GROUPS) as writer:
+                steps = next_step(writer) + 5
+                advance(writer, steps, groups=tuple(GROUPS))
+            head = write_run(tmp_path / str(runs), steps, groups=GROUPS, status=None).head
+            assert find_run(url, RUN).head == head
+            assert [problem for problem in verify(find_run(url, RUN), deep=True) if problem.damage] == []
+    assert rows > kills
+    measured("R1", "SIGKILL of a writer, S3 server", kills=done, runs=runs, looks=looks, rows_seen=rows, rows_lost=0)
+    measured("R2", "readers during SIGKILLs: ours, open_datatree; S3 server", kills=done, looks=looks, rows_seen=rows,
+             torn=0)  # fmt: skip
 
 
 def test_the_server_ends_with_whoever_started_it():
