@@ -327,7 +327,10 @@ MUTATIONS = [
         STORE,
         'if value.dtype.kind == "f" and not np.isfinite(value).all():',
         "if False:",
-        (f"{OF_STORE}::test_a_row_that_is_not_finite_is_refused_whole",),
+        (
+            f"{OF_STORE}::test_a_row_that_is_not_finite_is_refused_whole",
+            "tests/reliability/test_divergence.py::test_every_kernel_diverges_as_a_result",
+        ),
     ),
     Mutation(
         "eigensolvers get kernels that are not finite",
@@ -506,5 +509,13 @@ MUTATIONS = [
         "autoescape=True",
         "autoescape=False",
         ("tests/analysis/test_report.py::test_what_comes_from_a_store_is_text",),
+    ),
+    # --- memory -------------------------------------------------------------------------------------------------------
+    Mutation(
+        "the first kernel of a run is copied for every row",
+        "analysis/rows.py",
+        "rows[:1] if (rows == rows[0]).all() else rows",
+        "rows",
+        ("tests/analysis/test_rows.py::test_rows_in_the_place_of_others_keep_their_blocks_and_are_not_copied",),
     ),
 ]
