@@ -32,7 +32,7 @@ def run(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
     options = ["-q", "-rfE", "--tb=no", "--hypothesis-profile=ci", "-p", "no:cacheprovider"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=300,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
