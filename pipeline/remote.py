@@ -163,7 +163,7 @@ class _Sweep:
             return ended if ended.status != "interrupted" else self._again(task, "its process was asked to end")
         if task.future.status != "error":
             raise NtkEosError(
-                "the connection to the Dask scheduler was lost, and with it what it knew: the same command goes on"
+                "the connection to the Dask scheduler was lost; what was measured is saved, the same command goes on"
             )
         error = task.future.exception(timeout=ANSWER_SECONDS)
         if isinstance(error, KilledWorker):
