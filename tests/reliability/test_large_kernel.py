@@ -6,6 +6,7 @@ ARPACK on the stored kernel, which the test, having more memory, loads in full.
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sizes import sizes
 
-import pipeline.schema
 from pipeline.config import File, Mlp, Record, RunConfig, Stop
 from pipeline.store import read_run, run_path
 from pipeline.train import train
@@ -101,29 +100,47 @@ def test_a_kernel_larger_than_the_memory_it_is_computed_in(tmp_path, measured, n
     )  # fmt: skip
 
 
-@pytest.mark.reliability
-def test_kills_and_two_processes_change_no_bit(tmp_path, measured):
-    n, kills, dice = pipeline.schema.TILED, 4, random.Random(0)
+# The library call behind the command, with small tiles and a commit after each.
+REPLAY = """
+import sys
+from pipeline import replay, schema
+schema.TILED, schema.TILE, replay.COMMIT_SECONDS = 1, 256, 0.0
+print(replay.replay(sys.argv[1], probe=sys.argv[2], workers=int(sys.argv[3])))
+"""
+
+
+def replaying(run: Path, probe: Path, workers: int) -> list[str]:
+    return [sys.executable, "-c", REPLAY, str(run), str(probe), str(workers)]
+
+
+@sizes("kills", full=5, soak=100)
+def test_kills_and_two_processes_change_no_bit(tmp_path, measured, kills):
+    n, dice = 3000, random.Random(kills)
     run, probe = trained(tmp_path, n)
-    whole = read_run(watched(command(run, probe))[0])
-    head, aside = whole.head, tmp_path / "whole"
-    whole.path.rename(aside)
-    seen = []
+    printed = subprocess.run(replaying(run, probe, 1), check=True, capture_output=True, text=True).stdout
+    whole = read_run(printed.strip())
+    tiles, seen = whole.attrs["commits"] - 2, 0
+    shutil.rmtree(whole.path)
     for _ in range(kills):
-        with psutil.Popen(command(run, probe, "--workers", "2"), stdout=subprocess.DEVNULL) as process:
-            before, patience = commits(whole.path), time.monotonic() + 120
-            while commits(whole.path) == before and process.poll() is None and time.monotonic() < patience:
-                time.sleep(0.05)
-            time.sleep(dice.uniform(0, 1))
-            assert process.poll() is None, "the kernel is too small to be killed this often"
+        before = commits(whole.path)
+        if before > tiles // 2:  # from the beginning, lest it be done before it is killed
+            shutil.rmtree(whole.path)
+            before = 0
+        wanted = before + dice.randint(1, tiles // 4)
+        with psutil.Popen(replaying(run, probe, 2), stdout=subprocess.DEVNULL) as process:
+            patience = time.monotonic() + 120
+            while commits(whole.path) < wanted and time.monotonic() < patience:
+                time.sleep(0.005)
+            assert process.poll() is None, "it was done before it was killed"
             children = process.children(recursive=True)
             process.send_signal(signal.SIGKILL)
             assert psutil.wait_procs(children, timeout=20)[1] == [], "a worker outlived its parent"
-        seen.append(commits(whole.path))
-    path, _ = watched(command(run, probe, "--workers", "2"))
-    assert read_run(path).head == head
-    assert verify_root(path.parent.parent, deep=True) == []
-    measured("R5", f"SIGKILL of a kernel in tiles, n = {n}, two processes", kills=kills, commits=seen, heads_differ=0)
+        seen += commits(whole.path) - before
+    assert seen > kills
+    subprocess.run(replaying(run, probe, 2), check=True, stdout=subprocess.DEVNULL)
+    assert read_run(whole.path).head == whole.head
+    assert verify_root(whole.path.parent.parent, deep=True) == []
+    measured("R5", "SIGKILL of a kernel in tiles, two processes against one", kills=kills, tiles=tiles, heads_differ=0)
 
 
 def commits(path: Path) -> int:
