@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,23 +49,6 @@ pytestmark = [
     pytest.mark.reliability,
     pytest.mark.skipif(not PYTHON.exists(), reason="`make reliability` installs the server into .venv-moto"),
 ]
-
-
-@pytest.fixture
-def server(request, monkeypatch):
-    """An S3 server with an empty bucket; by parameter, the percentage of requests that fail."""
-    command = [PYTHON, Path(__file__).with_name("s3_server.py"), str(getattr(request, "param", 0))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        for name, value in {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "REGION": "us-east-1",
-                            "ENDPOINT": endpoint, "ALLOW_HTTP": "true"}.items():  # fmt: skip
-            monkeypatch.setenv(f"AWS_{name}", value)
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
-        objects.client.cache_clear()
-        yield
-        objects.client.cache_clear()
-        process.stdin.close()
-        assert process.wait(10) == 0
 
 
 def test_a_run_is_that_of_a_folder_and_has_one_writer(server, tmp_path):
