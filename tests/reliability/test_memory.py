@@ -5,6 +5,7 @@ float64 for some measures. The budget is fourteen blocks for each of two threads
 graph of tasks, which alone grows with the store: by some 0.15 MB per block of the alignment.
 """
 
+import shutil
 import subprocess
 import sys
 from unittest.mock import patch
@@ -59,3 +60,4 @@ def test_an_analysis_of_a_store_ten_times_its_budget_stays_within_it(tmp_path, m
             f"{name} of kernels of {n} examples, blocks of {block_bytes // MIB} MiB, {peak_memory.THREADS} threads",
             peak_MiB=round(peak / MIB), budget_MiB=budget // MIB, kernels_MiB=4 * n * n * (rows // part) // MIB,
         )  # fmt: skip
+    shutil.rmtree(tmp_path)  # gigabytes that pytest would keep
