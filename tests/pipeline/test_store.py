@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from unittest.mock import patch
@@ -717,3 +718,23 @@ def test_an_empty_folder_becomes_a_store_and_one_that_cannot_be_written_does_not
 
 def test_a_run_lies_where_run_path_says(tmp_path):
     assert write_run(tmp_path, 1).path == run_path(tmp_path, RUN) == Path(tmp_path, "runs", f"{RUN}.zarr")
+
+
+def test_a_value_in_chunks_is_committed_like_any_other_and_only_in_its_own_row(tmp_path):
+    with open_writer(tmp_path / "whole", groups=("snapshots",)) as writer:
+        advance(writer, 1, groups=("snapshots",))
+        head = writer.attrs["head"]
+    with open_writer(tmp_path / "chunks", groups=("snapshots",)) as writer:
+        value, given = writer.in_chunks("snapshots", "ntk"), rows(0, ("snapshots",))["snapshots"]
+        for index in value.grid():
+            value.put(index, given["ntk"][value.region(index)])
+        for other in (replace(value, row=1), replace(value, shape=(3, 3))):
+            with pytest.raises(ValueError, match="snapshots/ntk at step 0: its chunks are of another row or shape"):
+                writer.append(0, {"snapshots": {**given, "ntk": other}})
+        writer.append(0, {"snapshots": {**given, "ntk": value}})
+        writer.commit(b"")
+        assert writer.attrs["head"] == head
+    run = find_run(tmp_path / "chunks", RUN)
+    stored = run.read("snapshots/ntk")[0]
+    np.testing.assert_array_equal(stored, given["ntk"].astype(np.float32))
+    np.testing.assert_array_equal(np.concatenate(list(run.in_chunks("snapshots/ntk", 0).bands())), stored)
