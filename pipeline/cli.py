@@ -956,13 +956,10 @@ def _replayed(path: "Location", options: dict[str, Any], progress: Callable[[flo
     """Compute a kernel of one run; where it lies, and the alignment of its last row."""
     from analysis import alignment, open_run
     from pipeline.replay import replay
-    from pipeline.schema import TILED
 
     found = replay(path, **options, progress=progress)
-    row = open_run(found).isel(snapshot=[-1])
-    if row.sizes["sample"] >= TILED:  # the scalars have the alignment; centring reads a kernel larger than memory
-        row = row.drop_vars("ntk", errors="ignore")
-    last = alignment(row).compute()
+    # One block at a time: the memory is for the kernel.
+    last = alignment(open_run(found).isel(snapshot=[-1])).compute(scheduler="sync")
     alignments = {name: float(last[name].item()) if name in last else None for name in ("kta", "kta_centred")}
     return {"run": path.stem, "step": int(last["step"].item()), **alignments, "path": str(found)}
 
