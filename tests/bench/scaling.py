@@ -95,8 +95,7 @@ def pairs(n: int) -> Point:
 def tiles(n: int) -> Point:
     """The NTK in tiles and its 20 leading eigenpairs, by the command, within 1 GiB."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.path.insert(0, str(Path(__file__).parents[1] / "reliability"))
-    from test_large_kernel import command, trained, watched
+    from large_kernel import command, trained, watched
 
     with tempfile.TemporaryDirectory() as folder:
         run, probe = trained(Path(folder), n)
