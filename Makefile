@@ -23,7 +23,7 @@ test reliability soak studies bench scaling: export MKL_NUM_THREADS = 1
 # One process per core; whoever is done takes tests from the others.
 PYTEST := pytest -q --hypothesis-profile=ci --numprocesses=logical --dist=worksteal
 # Tests that measure a promise of docs/reliability.md.
-PROMISED := tests/reliability tests/golden
+PROMISED := tests/reliability tests/golden tests/test_safety.py
 
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import dask
 import pytest
@@ -44,10 +44,14 @@ def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
 
     def kill() -> None:
         while not stop.wait(dice.uniform(0.1, 0.6)):
-            alive = [nanny.pid for nanny in cluster.workers.values() if nanny.pid and nanny.pid not in killed]
-            if len(alive) == len(cluster.scheduler.workers) == len(cluster.workers):
+            # One that is killed before it has reached the scheduler is given up by its nanny.
+            there = [
+                nanny.pid for nanny in cluster.workers.values() if nanny.worker_address in cluster.scheduler.workers
+            ]
+            if len(there) == len(cluster.workers) and (alive := [pid for pid in there if pid not in killed]):
                 killed.append(dice.choice(alive))
-                os.kill(killed[-1], signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(killed[-1], signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
