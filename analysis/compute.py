@@ -61,7 +61,7 @@ def computing(scheduler: str | None = None, memory: int | str | None = None) -> 
 
     with connect(scheduler, ANALYSIS) as client:
         client.register_plugin(_one_thread(), name="ntk-eos: one BLAS thread per task")
-        with _one_line_for_what_is_lost(scheduler):
+        with _one_line_for_what_is_lost(scheduler), dask.config.set(scheduler=client):
             yield client
 
 
@@ -110,11 +110,12 @@ def dashboard() -> str | None:
 def _client() -> "Client | None":
     import dask
 
-    if dask.config.get("scheduler", None) not in ("dask.distributed", "distributed"):
-        return None
-    from distributed import default_client
+    chosen = dask.config.get("scheduler", None)
+    if chosen in ("dask.distributed", "distributed"):  # by a client of the caller's own
+        from distributed import default_client
 
-    return default_client()
+        return default_client()
+    return chosen if type(chosen).__name__ == "Client" else None
 
 
 def _one_thread() -> "WorkerPlugin":

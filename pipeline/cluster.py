@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 
 @contextmanager
 def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WORKER_SECONDS) -> Iterator["Client"]:
-    """A client of a scheduler; while it is open Dask computes there by default.
+    """A client of a scheduler. Dask does not compute there by itself: clients may come and go in any order.
 
     Args:
         address: such as `tcp://host:8786`.
@@ -43,7 +43,6 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
             other versions.
     """
     try:
-        from dask import config
         from distributed import Client
         from distributed.versions import VersionMismatchWarning
     except ImportError as error:
@@ -52,10 +51,9 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
         ) from error
     # What it would warn of is an error here if it matters.
     warnings.simplefilter("ignore", VersionMismatchWarning)
-    # A client that does not come about leaves itself behind as what computes.
-    with _quiet(), config.set(scheduler=config.get("scheduler", None)):
+    with _quiet():
         try:
-            client = within(2 * CONNECT_SECONDS, lambda: Client(address, timeout=CONNECT_SECONDS))
+            client = within(2 * CONNECT_SECONDS, lambda: Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
         except ValueError as error:
             raise InputError(f"scheduler {address!r}: must be an address such as tcp://host:8786 ({error})") from error
         except OSError as error:

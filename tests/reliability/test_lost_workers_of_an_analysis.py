@@ -1,5 +1,6 @@
 """SIGKILL of Dask workers while they compute: every measure has the bits of one that was computed alone."""
 
+import logging
 import os
 import random
 import signal
@@ -32,7 +33,9 @@ def cluster():
     options = {"distributed.scheduler.allowed-failures": 1000, "distributed.comm.timeouts.connect": "5s"}
     with (
         dask.config.set(options),
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
+        ) as cluster,
     ):
         yield cluster
 
