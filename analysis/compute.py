@@ -37,7 +37,7 @@ def computing(scheduler: str | None = None, memory: int | str | None = None) -> 
     """Compute here what is computed meanwhile: `.compute()`, `.load()`, `.values`, and the results of a store.
 
     Args:
-        scheduler: address of a Dask scheduler, such as "tcp://10.0.0.1:8786"; threads of this process by default.
+        scheduler: address of a Dask scheduler, such as "tcp://host:8786"; threads of this process by default.
         memory: budget of these threads in bytes, or as "2GiB", beside the 300 MiB or so of the process itself; half of
             what is free by default. That of a cluster's workers is theirs: `dask worker --memory-limit`.
 

@@ -178,7 +178,7 @@ def made(tasks: Iterable[Task], maker: TileMaker, pool: Pool) -> Iterator[tuple[
             processes.shutdown(cancel_futures=True)
 
 
-_maker: TileMaker | None = None
+_maker: Any = None
 
 
 def _begin(build: Callable[[], TileMaker]) -> None:
@@ -189,7 +189,6 @@ def _begin(build: Callable[[], TileMaker]) -> None:
 
 
 def _make(task: Task) -> Array:
-    assert _maker is not None
     return _maker.make(task)
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 
+import dask
 import psutil
 import pytest
 from distributed import LocalCluster
@@ -61,9 +62,13 @@ class Killer:
 
 def sweep_among_kills(root: str, count: int, kills: int, machines: int, serial: str) -> int:
     """Sweep while workers are killed, and hold the heads against those of serial runs; returns the rows."""
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
-    ) as local:
+    # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
+        ) as local,
+    ):
         killer = Killer(local, root, kills, machines)
         outcomes = list(sweep_on(local.scheduler_address, runs(count), root, on_poll=killer))
     assert killer.done == kills, "the runs are too short to be killed this often"

@@ -30,7 +30,12 @@ def cluster():
 
     A worker that wants the result of one that is gone waits for as long as it may take to connect: not half a minute.
     """
-    options = {"distributed.scheduler.allowed-failures": 1000, "distributed.comm.timeouts.connect": "5s"}
+    options = {
+        "distributed.scheduler.allowed-failures": 1000,
+        "distributed.comm.timeouts.connect": "5s",
+        # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
+        "distributed.deploy.lost-worker-timeout": "1h",
+    }
     with (
         dask.config.set(options),
         LocalCluster(
@@ -46,10 +51,12 @@ def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
     dice, killed, stop = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
-        while not stop.wait(dice.uniform(0.1, 0.6)):
-            # One that is killed before it has reached the scheduler is given up by its nanny.
+        while not stop.wait(dice.uniform(0.5, 1.5)):
+            # One that is killed before its nanny knows that it runs is given up.
             there = [
-                nanny.pid for nanny in cluster.workers.values() if nanny.worker_address in cluster.scheduler.workers
+                nanny.pid
+                for nanny in cluster.workers.values()
+                if nanny.status.name == "running" and nanny.worker_address in cluster.scheduler.workers
             ]
             if len(there) == len(cluster.workers) and (alive := [pid for pid in there if pid not in killed]):
                 killed.append(dice.choice(alive))

@@ -21,7 +21,7 @@ OF_ROWS = {"alignment": ("snapshots",), "phases": ("scalars",)} | {
 }
 # Those that give one value for many rows, tested below; and those that choose rows or are no functions of them.
 SUMMARIES = {"phase_summary", "at_loss"}
-OTHERS = {"gap_bound", "held_out", "join", "kernel", "layers", "open_run", "open_sweep"}
+OTHERS = {"computing", "gap_bound", "held_out", "join", "kernel", "layers", "open_run", "open_sweep"}
 # Values that need the following row of the run, so that the last one has none; phases need one on each side.
 NEED_THE_NEXT = {"kernel_velocity", "kernel_velocity_flow", "overlap_following"}
 # Values that need class labels, which the targets here are not.
