@@ -1,14 +1,15 @@
 """How time, memory and bytes grow, each with a fitted exponent: `make scaling`, for docs/scaling.md.
 
-Every point is measured in a process of its own, one thread, the median of `REPEATS`; its memory is the most that this
-process had resident above what it had before. An exponent is the slope of a least-squares line through the logarithms.
-Sweeps and analyses use the cores of the machine.
+Seconds are those of the processor, summed over processes and threads, so other work on the machine hardly shows in
+them; a thing that is computed is the median of `REPEATS`, in a process of its own with one thread, and its memory the
+most that this process had resident above what it had before. An exponent is the slope of a least-squares line through
+the logarithms.
 """
 
 import argparse
 import json
 import math
-import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+
+from pipeline.memory import held
 
 REPEATS = 3
 FEATURES = 64
@@ -35,12 +38,12 @@ def resident() -> int:
 
 def timed(work: Callable[[], Any], repeats: int = REPEATS) -> Point:
     """Median seconds of a call after a first one, and the memory that the calls took."""
-    before = resident()
+    before = held()
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return {"seconds": statistics.median(times[1:]), "mib": (resident() - before) / 2**20}
 
 
@@ -99,9 +102,9 @@ def tiles(n: int) -> Point:
 
     with tempfile.TemporaryDirectory() as folder:
         run, probe = trained(Path(folder), n)
-        start = time.perf_counter()
+        start = of_children()
         path, most = watched(command(run, probe, "--memory", "1GiB"))
-        return {"seconds": time.perf_counter() - start, "mib": most / 2**20, "bytes": size_of(path)[0]}
+        return {"seconds": of_children() - start, "mib": most / 2**20, "bytes": size_of(path)[0]}
 
 
 def sweep(runs: int) -> Point:
@@ -109,14 +112,14 @@ def sweep(runs: int) -> Point:
     with tempfile.TemporaryDirectory() as folder:
         root = f"{folder}/store"
         sets = [f"seed={list(range(runs))}", "learning_rate=0.1", "stop.steps=20", "record.spectra={every=10}"]
-        start = time.perf_counter()
+        start = of_children()
         ntk_eos("run", "smoke", "--out", root, "-q", *(word for key in sets for word in ("--set", key)))
-        trained = time.perf_counter() - start
+        trained = of_children() - start
         nbytes, files = size_of(Path(root))
         point = {"seconds": trained, "bytes": nbytes, "files": files}
-        start = time.perf_counter()
+        start = of_children()
         ntk_eos("analyze", root, "-q")
-        return point | {"analyse": time.perf_counter() - start} | child("opened", root)
+        return point | {"analyse": of_children() - start} | child("opened", root)
 
 
 def opened(root: str) -> Point:
@@ -147,15 +150,21 @@ def catalogue(runs: int) -> Point:
                     writer.append(step, {"train": row | {"step": step}})
                 writer.commit(b"")
                 writer.finish("complete", "steps")
-        start = time.perf_counter()
+        start = time.process_time()
         catalog.sync(root)
-        built = time.perf_counter() - start
+        built = time.process_time() - start
         again = timed(lambda: catalog.sync(root))
         asked = timed(lambda: catalog.query(root, "select learning_rate, count(*) from runs group by 1"))
         return {
             "seconds": built, "sync": again["seconds"], "query": asked["seconds"], "mib": again["mib"],
             "bytes": Path(root, "catalog.duckdb").stat().st_size,
         }  # fmt: skip
+
+
+def of_children() -> float:
+    """Seconds of the processor that ended processes below this one took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def ntk_eos(*words: str) -> None:
@@ -226,7 +235,7 @@ def main() -> None:
         name, argument = options.point
         print(json.dumps(opened(argument) if name == "opened" else TABLES[name][1](int(argument))))
         return
-    print(f"{os.cpu_count()} cores, one thread per process, medians of {REPEATS}\n")
+    print(f"seconds of one core ({platform.processor() or platform.machine()}), medians of {REPEATS}\n")
     for name in options.tables or TABLES:
         if TABLES[name][3] or not options.quick:
             print(table(name, options.quick), end="\n\n", flush=True)

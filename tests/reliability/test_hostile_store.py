@@ -28,7 +28,7 @@ from pipeline.repair import repair_root
 from pipeline.store import read_run, run_paths
 from pipeline.verify import verify
 
-SIZES = {"short": 100, "full": 2000, "soak": 20000}
+SIZES = {"short": 40, "full": 1000, "soak": 20000}
 MEMORY = 256 * 2**20
 
 ODD = st.sampled_from([

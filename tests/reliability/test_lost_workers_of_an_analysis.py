@@ -51,7 +51,7 @@ def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
     dice, killed, stop = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
-        while not stop.wait(dice.uniform(0.5, 1.5)):
+        while not stop.wait(dice.uniform(1, 4)):
             # One that is killed before its nanny knows that it runs is given up.
             there = [
                 nanny.pid
