@@ -5,6 +5,7 @@ to it: a scheduler is trusted like one's own account.
 """
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pipeline.errors import InputError, NtkEosError
 if TYPE_CHECKING:
     from distributed import Client
 
+ADDRESS = r"(tcp|tls|ucx|wss?)://\S+:\d+"
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 WORKER_SECONDS = 60.0
@@ -49,13 +51,13 @@ def connect(address: str, packages: Sequence[str], *, worker_seconds: float = WO
         raise NtkEosError(
             "a Dask scheduler needs the extra `distributed`: pip install '.[distributed]' in the folder of ntk-eos"
         ) from error
+    if not re.fullmatch(ADDRESS, address):
+        raise InputError(f"scheduler {address!r}: must be an address such as tcp://host:8786")
     # What it would warn of is an error here if it matters.
     warnings.simplefilter("ignore", VersionMismatchWarning)
     with _quiet():
         try:
             client = within(2 * CONNECT_SECONDS, lambda: Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
-        except ValueError as error:
-            raise InputError(f"scheduler {address!r}: must be an address such as tcp://host:8786 ({error})") from error
         except OSError as error:
             raise NtkEosError(
                 f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or correct the address"

@@ -19,7 +19,7 @@ GROUPS |= {"alignment": ("snapshots",), "phases": ("scalars",), "phase_summary":
 def store_with_everything(root: Path) -> Path:
     """A store that has the variables of every measure, one run of it diverged."""
     return mock_store(
-        root, learning_rates=(0.1, 1.2), seeds=(0, 1), diverged=[(1.2, 1)], steps=20, n=12, c=2, k=5,
+        root, learning_rates=(0.1, 1.2), seeds=(0,), diverged=[(1.2, 0)], steps=20, n=12, c=2, k=5,
         layers=True, full=True, test=6,
     )  # fmt: skip
 
