@@ -23,8 +23,8 @@ from pipeline.store import Run
 if TYPE_CHECKING:  # imported where something is computed
     from distributed import Client, WorkerPlugin
 
-# 14 blocks, with what the allocator keeps: docs/reliability.md has what was measured of it (R22).
-TASK_BYTES = 224 * 2**20
+# 20 blocks, with what the allocator keeps: docs/reliability.md has what was measured of it (R22).
+TASK_BYTES = 320 * 2**20
 # Per entry of a kernel in more than one block whose eigenvalues are taken: float32 twice, while it is joined, float64
 # twice, as LAPACK works on a copy.
 WHOLE_KERNEL = 24

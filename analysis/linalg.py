@@ -82,6 +82,8 @@ def quadratic_form(kernel: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     Returns:
         Float64 (...).
     """
+    if not in_blocks(kernel):  # with the targets once: where they are lazy Dask would else hold kernels back for them
+        return _on_stacks(_own_quadratic_form, (kernel, KERNEL), (y, TARGET))
     columns = y.rename(sample="sample2").drop_vars("sample2", errors="ignore")
     return _summed(_quadratic_form, (kernel, KERNEL), (y, TARGET), (columns, ("sample2", "output")))
 
@@ -293,6 +295,10 @@ def _quadratic_form(kernel: NDArray[Any], rows: NDArray[Any], columns: NDArray[A
     """Σ_c Σ_ij rows_ic K_ij columns_jc of a kernel (..., n, n), or of a block of it and the targets of its examples."""
     image = np.einsum("...ij,...jc->...ic", kernel, columns, dtype=np.float64)
     return np.einsum("...ic,...ic->...", image, rows, dtype=np.float64)
+
+
+def _own_quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:
+    return _quadratic_form(kernel, y, y)
 
 
 def _full_quadratic_form(kernel: NDArray[Any], y: NDArray[Any]) -> Array:

@@ -181,7 +181,7 @@ def page(document: dict[str, Any]) -> str:
     if missing := [name for name, records in by_promise.items() if not records]:
         raise ValueError(f"no figure for {', '.join(missing)}: run make reliability")
     lines = [INTRODUCTION.format(**document["machine"])]
-    lines += ["| | promise | measured | |", "|---|---|---|---|"]
+    lines += ["| | promise | target | |", "|---|---|---|---|"]
     for name, records in by_promise.items():
         lines.append(
             f"| [{name}](#{name.lower()}) | {PROMISES[name].says} | {PROMISES[name].target} | {state(records)} |"

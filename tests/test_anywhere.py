@@ -110,7 +110,7 @@ def test_a_budget_is_a_number_of_bytes(memory):
 
 def test_a_budget_that_has_no_room_for_a_task_is_refused(root):
     with (
-        pytest.raises(InputError, match=r"memory = 1.00 MiB: a task takes up to 224.00 MiB here"),
+        pytest.raises(InputError, match=r"memory = 1.00 MiB: a task takes up to 320.00 MiB here"),
         analysis.computing(memory="1MiB"),
     ):
         pass

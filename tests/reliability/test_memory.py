@@ -1,7 +1,7 @@
 """An analysis takes memory by the size of its blocks, not by the size of the store.
 
 Dask reads kernels in blocks of `analysis.load.BLOCK_BYTES`, and each thread works on one at a time, with a copy in
-float64 for some measures. The budget is fourteen blocks for each of two threads, with what the allocator keeps and the
+float64 for some measures. The budget is twenty blocks for each of two threads, with what the allocator keeps and the
 graph of tasks, which alone grows with the store: by some 0.15 MB per block of the alignment.
 """
 
@@ -16,7 +16,7 @@ from sizes import sizes
 
 from pipeline.store import Writer
 
-BLOCKS = 14 * peak_memory.THREADS
+BLOCKS = 20 * peak_memory.THREADS
 MIB = 2**20
 
 

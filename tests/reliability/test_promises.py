@@ -1,7 +1,12 @@
 """The page of what was measured is the one that its figures make, and no promise is without one."""
 
+import json
+from pathlib import Path
+
 import pytest
 from promises import PROMISES, page
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def record(promise: str, **changes):
@@ -29,3 +34,11 @@ def test_a_promise_without_a_figure_is_refused():
     del lacking["records"][3]
     with pytest.raises(ValueError, match=r"no figure for R4: run make reliability"):
         page(lacking)
+
+
+def test_the_page_is_that_of_its_figures_and_every_test_is_there():
+    kept = json.loads((DOCS / "reliability.json").read_text())
+    assert (DOCS / "reliability.md").read_text() == page(kept)
+    for one in kept["records"]:
+        file, _, name = one["test"].partition("::")
+        assert f"def {name.partition('[')[0]}(" in (DOCS.parent / file).read_text(), one["test"]
