@@ -11,6 +11,7 @@ most `TASK_BYTES`. Where all eigenvalues of a larger kernel are taken, it holds 
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -108,8 +109,9 @@ def dashboard() -> str | None:
 
 
 def _client() -> "Client | None":
-    import dask
-
+    dask = sys.modules.get("dask")
+    if dask is None:  # then nobody has chosen where to compute, and to say so need not import it
+        return None
     chosen = dask.config.get("scheduler", None)
     if chosen in ("dask.distributed", "distributed"):  # by a client of the caller's own
         from distributed import default_client

@@ -131,7 +131,7 @@ def chunk_key(index: tuple[int, ...]) -> str:
 
 def grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Indices of all chunks that an array of `shape` has."""
-    return product(*(range(-(-size // chunk)) for size, chunk in zip(shape, chunks, strict=True)))
+    return window([(0, size) for size in shape], chunks)
 
 
 def window(bounds: Sequence[tuple[int, int]], chunks: Sequence[int]) -> Iterator[tuple[int, ...]]:
