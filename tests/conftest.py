@@ -1,4 +1,4 @@
-"""Tests of promises say what they measured: it is shown at the end of the run and, if asked for, kept in a file."""
+"""A fixture of several folders; and tests of promises say what they measured, shown at the end and kept on request."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from promises import PROMISES, figures_text
+from study_files import MINIMAL
 
 KEPT = "measured"
 
@@ -33,6 +34,19 @@ def measured(request, record_property):
         record_property(KEPT, record)
 
     return say
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study file and loads it."""
+    from pipeline.config import load_study
+
+    def load(text: str | bytes = MINIMAL, *overrides: str) -> Any:
+        path = tmp_path / "study.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_study(path, overrides)
+
+    return load
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -18,10 +18,11 @@ import distributed
 import pytest
 from command import call, refused
 from distributed import KilledWorker, LocalCluster, Reschedule
+from small_runs import runs
 
 from pipeline import remote, single
 from pipeline.cluster import TRAINING, versions
-from pipeline.config import Compute, Digits, File, Imported, Mlp, Record, RunConfig, Stop, load_parts, shipped, sizes_of
+from pipeline.config import Compute, File, Imported, RunConfig, Stop, load_parts, shipped, sizes_of
 from pipeline.disk import door
 from pipeline.errors import InputError, NtkEosError
 from pipeline.remote import finds, sweep_on, train_on_worker
@@ -54,17 +55,6 @@ def trained(monkeypatch):
         monkeypatch.setattr(remote, "train_apart", lambda job, threads, should_stop: stand_in(job, should_stop))
 
     return replace
-
-
-def runs(steps: int = 10, rates=(0.1, 0.2, 0.3), **changes) -> list[RunConfig]:
-    values = {
-        "data": Digits(n=20),
-        "model": Mlp(width=4, depth=1),
-        "stop": Stop(steps=steps),
-        "record": Record(eigenpairs=2, spectra={"every": 5}, snapshots={"log": 1}),
-        "compute": Compute(commit_seconds=0.1),
-    }
-    return [RunConfig(**(values | {"learning_rate": rate} | changes)) for rate in rates]
 
 
 def complete(job: str, should_stop) -> Outcome:

@@ -7,23 +7,13 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from small_runs import runs
 
-from pipeline.config import Compute, Digits, File, Mlp, Record, RunConfig, Stop
+from pipeline.config import Compute, File, RunConfig, Stop
 from pipeline.errors import InputError
 from pipeline.store import list_runs
 from pipeline.sweep import default_workers, sweep
 from pipeline.train import train
-
-
-def runs(steps: int = 10, **changes) -> list[RunConfig]:
-    values = {
-        "data": Digits(n=20),
-        "model": Mlp(width=4, depth=1),
-        "stop": Stop(steps=steps),
-        "record": Record(eigenpairs=2, spectra={"every": 5}, snapshots={"log": 1}),
-        "compute": Compute(commit_seconds=0.1),
-    }
-    return [RunConfig(**(values | {"learning_rate": rate} | changes)) for rate in (0.1, 0.2, 0.3)]
 
 
 def heads(root) -> dict[str, str]:

@@ -9,20 +9,8 @@ from hypothesis import strategies as st
 from sizes import sizes
 from study_files import MINIMAL, assert_one_plain_line, fuzz
 
-from pipeline.config import KERNELS, KINDS, TABLES, CadenceTable, Heading, RunConfig, load_study
+from pipeline.config import KERNELS, KINDS, TABLES, CadenceTable, Heading, RunConfig
 from pipeline.errors import StudyError
-
-
-@pytest.fixture
-def study(tmp_path):
-    """Writes a study file and loads it."""
-
-    def load(text=MINIMAL, *overrides):
-        path = tmp_path / "study.toml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load_study(path, overrides)
-
-    return load
 
 
 def toml(value):
