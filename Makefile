@@ -85,7 +85,7 @@ $(PEERS:=/.stamp): .venv-%/.stamp: tests/bench/peers/%.txt
 	@touch $@
 
 .venv/.stamp:          packages = -e '.[train,netcdf,distributed,cloud,dev]'
-.venv-analysis/.stamp: packages = -e . pytest pytest-xdist psutil hypothesis
+.venv-analysis/.stamp: packages = -e . pytest pytest-xdist hypothesis
 .venv-plain/.stamp:    packages = xarray zarr dask pytest
 
 $(VENVS:=/.stamp): pyproject.toml constraints.txt

@@ -10,14 +10,14 @@ A task holds a block of a stored array, 16 MiB, with float64 copies and the inte
 most `TASK_BYTES`. Where all eigenvalues of a larger kernel are taken, it holds the kernel and LAPACK's copies of it.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipeline.errors import InputError, NtkEosError
-from pipeline.memory import available, parsed
 from pipeline.schema import TILED
 from pipeline.store import Run
 
@@ -53,7 +53,7 @@ def computing(scheduler: str | None = None, memory: int | str | None = None) -> 
     import dask
 
     if scheduler is None:
-        with dask.config.set({BUDGET: _in_bytes(memory)}), threads_for(TASK_BYTES):
+        with dask.config.set({BUDGET: in_bytes(memory)}), threads_for(TASK_BYTES):
             yield None
         return
     if memory is not None:
@@ -74,18 +74,38 @@ def threads_for(task: int) -> Iterator[None]:
         InputError: if the budget that was given has room for none.
     """
     import dask
+    from dask.system import cpu_count
     from dask.utils import format_bytes
     from threadpoolctl import threadpool_limits
 
     given = dask.config.get(BUDGET, None)
-    fit = (available() // 2 if given is None else given) // task
+    fit = (psutil.virtual_memory().available // 2 if given is None else given) // task
     if given is not None and not fit:
         raise InputError(
             f"memory = {format_bytes(given)}: a task takes up to {format_bytes(task)} here; give at least as much"
         )
     # BLAS threads below Dask's threads would fight for the cores.
-    with dask.config.set(num_workers=max(1, min(fit, _cores()))), threadpool_limits(1):
+    with dask.config.set(num_workers=max(1, min(fit, cpu_count()))), threadpool_limits(1):
         yield
+
+
+def in_bytes(given: int | str | None) -> int | None:
+    """Bytes of a number or a text such as 1.5GiB; None stays None.
+
+    Raises:
+        InputError: if it is no number of bytes above 0.
+    """
+    from dask.utils import parse_bytes
+
+    if given is None:
+        return None
+    try:
+        found = parse_bytes(given)
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise InputError(f"memory = {given}: must be a number of bytes above 0, such as 800MiB or 1.5GiB")
+    return found
 
 
 def task_bytes(runs: Iterable[Run]) -> int:
@@ -97,9 +117,10 @@ def task_bytes(runs: Iterable[Run]) -> int:
 def tasks_at_once() -> int:
     """How many tasks are computed at a time."""
     import dask
+    from dask.system import cpu_count
 
     client = _client()
-    return dask.config.get("num_workers", _cores()) if client is None else max(1, sum(client.nthreads().values()))
+    return dask.config.get("num_workers", cpu_count()) if client is None else max(1, sum(client.nthreads().values()))
 
 
 def dashboard() -> str | None:
@@ -151,19 +172,3 @@ def _one_line_for_what_is_lost(scheduler: str) -> Iterator[None]:
         raise NtkEosError(
             f"the Dask scheduler at {scheduler} is gone; start it again and repeat the command"
         ) from error
-
-
-def _in_bytes(given: int | str | None) -> int | None:
-    if given is None:
-        return None
-    try:
-        found = parsed(str(given))
-    except ValueError as error:
-        raise InputError(f"memory = {error}") from None
-    if not found:
-        raise InputError("memory = 0: must be a number of bytes above 0, such as 2GiB")
-    return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -146,13 +146,9 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bytes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
-    from pipeline.errors import InputError
-    from pipeline.memory import parsed
+    from analysis.compute import in_bytes
 
-    try:
-        return None if text is None else parsed(text)
-    except ValueError as error:
-        raise InputError(f"--memory {error}") from None
+    return in_bytes(text)
 
 
 workers_option = click.option(
@@ -946,7 +942,7 @@ def _steps(at: str) -> str | list[int]:
 
 def _forecast(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
     """What the kernel of one run would take."""
-    from pipeline.replay import forecast
+    from pipeline.forecast import forecast
 
     found = vars(forecast(path, **options))
     return {"bytes" if name == "nbytes" else name: value for name, value in found.items()}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 
-from pipeline import memory, schema
+from pipeline import schema
 from pipeline.cadence import row_capacity
 from pipeline.config import File, Imported, Record, RunConfig, StochasticGradientDescent, Study, needs_import
 from pipeline.console import bytes_text, seconds_text
@@ -173,12 +174,13 @@ def plan_study(study: Study, root: str, workers: int) -> Plan:
     """
     runs = plan_runs(study.runs(), root)
     left = [run for run in runs if run.state != "done"]
+    machine = psutil.virtual_memory().total
     for run in left:
-        if run.memory > memory.total():
+        if run.memory > machine:
             raise InputError(
                 f"run {run.config.run_id}: its kernel of n = {run.samples} examples takes {bytes_text(run.memory)} of "
-                f"memory, and this machine has {bytes_text(memory.total())}: train on fewer (data.n), and compute the "
-                "kernel on more of them afterwards in tiles: ntk-eos kernel ROOT --probe test"
+                f"memory, and this machine has {bytes_text(machine)}: train on fewer (data.n), and compute the kernel "
+                "on more of them afterwards in tiles: ntk-eos kernel ROOT --probe test"
             )
     if not left or needs_import(study) or any(needs_download(run.config.data) for run in left):
         return Plan(runs, workers, None)

@@ -48,11 +48,12 @@ class Outcome:
 
 def default_workers(runs: Iterable[RunConfig]) -> int:
     """Runs at a time: the cores this process may use over the threads of a run; one on an accelerator."""
+    from dask.system import cpu_count  # what a worker process need not import
+
     compute = [run.compute for run in runs]
     if any(one.device != "cpu" for one in compute):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max((one.threads for one in compute), default=1))
+    return max(1, cpu_count() // max((one.threads for one in compute), default=1))
 
 
 def sweep(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance images objects cluster memory",
+        "schema cadence seeds zarr3 console provenance images objects cluster",
         "disk guard",
         "store",
         "config verify",
@@ -28,9 +28,10 @@ LAYERS = {
         "measure processes matrix_free",
         "record",
         "train",
-        "plan sweep",
+        "plan sweep rebuild request",
         "tiles single",
-        "replay remote",
+        "forecast remote",
+        "replay",
         "cli",
     ],
     "analysis": [
@@ -50,13 +51,13 @@ LAYERS = {
         "report verdicts",
     ],
 }
-SHARED = {"errors", "schema", "disk", "store", "cluster", "memory"}  # what the analysis may know of the training stage
+SHARED = {"errors", "schema", "disk", "store", "cluster"}  # what the analysis may know of the training stage
 # These know no store and no study file.
 PURE = {"data", "models", "losses", "kernels", "operators", "spectra", "optim", "gradient", "measure", "processes"}
 PURE |= {"flows", "matrix_free"}
 PURE_MAY_IMPORT = {"errors", "schema", "cadence", "seeds", "images"} | PURE
 TORCH_FREE = {"errors", "schema", "cadence", "seeds", "zarr3", "console", "provenance", "objects", "disk", "store"}
-TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images", "cluster", "memory"}
+TORCH_FREE |= {"config", "verify", "repair", "guard", "cli", "images", "cluster"}
 # These may import what a string names.
 BY_NAME = {"pipeline.models.imported", "analysis.__init__", "analysis.studies.__init__"}
 TRAINING_ONLY = {"clarabel", "torch", "pooch", "safetensors", "sklearn", "scipy"}  # the extra `train`

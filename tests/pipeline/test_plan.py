@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_a_kernel_that_no_memory_holds_is_refused_with_what_to_do(study, tmp_pat
     (planned, *_) = plan_runs(loaded.runs(), "nowhere")
     assert planned.memory == BASE_BYTES + 24 * 9**2 + 12 * 18**2
     assert planned.as_row()["memory"] == planned.memory
-    monkeypatch.setattr("pipeline.memory.total", lambda: planned.memory - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=planned.memory - 1))
     with pytest.raises(InputError, match=r"its kernel of n = 9 examples takes 300\.0 MiB of memory, and this "
                                          r"machine has 300\.0 MiB: train on fewer \(data.n\)"):  # fmt: skip
         plan_study(loaded, "nowhere", 1)

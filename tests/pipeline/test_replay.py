@@ -177,19 +177,19 @@ def test_a_replay_that_is_cut_off_goes_on(run, monkeypatch):
     whole = read_run(replay(run, probe="train", at="all"))
     shutil.rmtree(whole.path)
     monkeypatch.setattr(replay_module, "COMMIT_SECONDS", 0.0)
-    load = replay_module._load
+    load = replay_module.load_snapshot
 
     def cut(source, model, row):
         if row == 2:
             raise KeyboardInterrupt
         load(source, model, row)
 
-    monkeypatch.setattr(replay_module, "_load", cut)
+    monkeypatch.setattr(replay_module, "load_snapshot", cut)
     with pytest.raises(KeyboardInterrupt):
         replay(run, probe="train", at="all")
     assert read_run(whole.path).lengths == {"snapshots": 2}
     loaded = []
-    monkeypatch.setattr(replay_module, "_load", lambda *a: loaded.append(a[2]) or load(*a))
+    monkeypatch.setattr(replay_module, "load_snapshot", lambda *a: loaded.append(a[2]) or load(*a))
     assert read_run(replay(run, probe="train", at="all")).head == whole.head
     assert loaded == [2, 3]
 

@@ -498,7 +498,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a replay imports the user's code without being allowed to",
-        "pipeline/replay.py",
+        "pipeline/rebuild.py",
         "if isinstance(config.model, Imported) and not allow_imports:",
         "if False:",
         ("tests/pipeline/test_replay.py::test_an_imported_model_needs_permission_and_must_be_the_same",),

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import xarray as xr
+from faulty_disk import attempt, no_fsync
 from sizes import MARKS
 from writer_loop import RUN, assert_rows_are_those_of_their_steps, planned_rows, record, write_run
 
@@ -58,15 +59,6 @@ class Faults:
             yield
 
 
-def attempt(root: Path, groups: dict, committed: list[int]) -> str:
-    """What `record` failed with, if it did."""
-    try:
-        record(root, groups, committed)
-    except (OSError, NtkEosError) as error:
-        return str(error)
-    return ""
-
-
 def assert_nothing_is_lost(root: Path, committed: list[int], plainly: bool) -> None:
     """Every row whose commit returned is there, every row that is there is right; also to plain xarray, if asked."""
     try:
@@ -83,13 +75,6 @@ def assert_nothing_is_lost(root: Path, committed: list[int], plainly: bool) -> N
     assert xr.open_zarr(run.path, group="spectra").sizes["step"] == length
     if run.status == "complete":
         assert xr.open_zarr(run.path, group="spectra", consolidated=False).sizes["step"] == length
-
-
-@contextmanager
-def no_fsync() -> Iterator[None]:
-    """They are counted, and not done: this is not about power cuts."""
-    with patch("os.fsync", lambda handle: None):
-        yield
 
 
 PARAMETERS = [

@@ -13,14 +13,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
+from faulty_disk import OtherWrite, attempt, no_fsync, opening_with
 from sizes import sizes
 from writer_loop import RUN, assert_rows_are_those_of_their_steps, planned_rows, record
 
-from pipeline import disk
 from pipeline.errors import InputError, MissingError
 from pipeline.repair import repair_root
 from pipeline.store import find_run
@@ -58,35 +57,12 @@ class Quota:
             file.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return _File(file, limited)
+        return OtherWrite(file, limited)
 
     @contextmanager
     def on(self):
-        with patch.object(disk, "open", self.open, create=True):
+        with opening_with(self.open):
             yield self
-
-
-class _File:
-    """A file with another way to write."""
-
-    def __init__(self, file, write):
-        self.file, self.write = file, write
-        self.flush, self.fileno = file.flush, file.fileno
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def attempt(root: Path, committed: list[int]) -> str:
-    """What `record` failed with, if it did."""
-    try:
-        record(root, GROUPS, committed)
-    except (OSError, InputError) as error:
-        return str(error)
-    return ""
 
 
 def rows_lost(root: Path, committed: list[int]) -> int:
@@ -102,7 +78,7 @@ def rows_lost(root: Path, committed: list[int]) -> int:
 
 @sizes("offsets", short=3, full=20)
 def test_a_disk_that_is_full_after_any_number_of_bytes(tmp_path, measured, offsets):
-    with patch("os.fsync", lambda handle: None):
+    with no_fsync():
         with Quota(tmp_path / "whole").on() as whole:
             record(whole.root, GROUPS, [])
         head = find_run(whole.root, RUN).head
@@ -115,13 +91,13 @@ def test_a_disk_that_is_full_after_any_number_of_bytes(tmp_path, measured, offse
             root, committed = tmp_path / str(number), []
             root.mkdir()
             with Quota(root, room).on() as quota:
-                error = attempt(root, committed)
+                error = attempt(root, GROUPS, committed)
                 assert quota.struck > 0
                 assert os.strerror(errno.ENOSPC) in error
                 lost += rows_lost(root, committed)
                 committed_rows += sum(planned_rows(group, max(committed, default=0)) for group in GROUPS)
                 # Started again without more room: it fails again, or ends, and loses as little.
-                attempt(root, committed)
+                attempt(root, GROUPS, committed)
                 lost += rows_lost(root, committed)
             record(root, GROUPS, committed)
             run = find_run(root, RUN)
@@ -142,8 +118,8 @@ def fill(folder: str, pages: str) -> None:
     """
     root, committed, kib, full = Path(folder) / "store", [], 40, 0
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", folder], check=True)
-    with patch("os.fsync", lambda handle: None):
-        while error := attempt(root, committed):
+    with no_fsync():
+        while error := attempt(root, GROUPS, committed):
             assert os.strerror(errno.ENOSPC) in error, error
             assert not committed or rows_lost(root, committed) == 0
             full, kib = full + 1, kib + 4 * int(pages)
@@ -161,7 +137,7 @@ def may_mount() -> bool:
 @pytest.mark.skipif(not may_mount(), reason="the kernel lets nobody mount a file system here")
 @sizes("pages", short=16, full=1)
 def test_a_small_file_system_that_is_full_again_and_again(tmp_path, measured, pages):
-    with patch("os.fsync", lambda handle: None):
+    with no_fsync():
         record(tmp_path / "whole", GROUPS, [])
     (tmp_path / "small").mkdir()
     command = [*MOUNT, sys.executable, __file__, str(tmp_path / "small"), str(pages)]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from faulty_disk import OtherWrite, opening_with
 from sizes import sizes
 from writer_loop import RUN, assert_rows_are_those_of_their_steps, planned_rows, record
 
-from pipeline import disk
 from pipeline.errors import InputError, MissingError
 from pipeline.store import find_run
 from pipeline.verify import verify
@@ -108,7 +108,7 @@ class Disk:
                     self.node(path).now += data
                     return write(data)
 
-                return Recording(file, recording)
+                return OtherWrite(file, recording)
             return file
 
         def fsync(handle):
@@ -135,22 +135,8 @@ class Disk:
             for name, stand_in in {"mkdir": mkdir, "open": open_handle, "fsync": fsync, "replace": move, "rename": move,
                                    "pwrite": pwrite, "unlink": unlink}.items():  # fmt: skip
                 stack.enter_context(patch.object(os, name, stand_in))
-            stack.enter_context(patch.object(disk, "open", open_file, create=True))
+            stack.enter_context(opening_with(open_file))
             yield
-
-
-class Recording:
-    """A file that tells what is written to it."""
-
-    def __init__(self, file: Any, write: Any) -> None:
-        self.file, self.write = file, write
-        self.flush, self.fileno = file.flush, file.fileno
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
 
 def write_out(tree: Folder, path: Path, keeps: str, dice: random.Random) -> None:
