@@ -856,6 +856,8 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
 @click.option("--tolerance", type=float, help="Relative residual of matrix-free eigenpairs [default: 1e-8].")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True,
               help="Processes that compute a kernel in tiles.")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="Compute the tiles on the workers of this Dask scheduler, as tcp://host:8786.")  # fmt: skip
 @click.option("--memory", metavar="BYTES", callback=_bytes,
               help="Refuse what takes more, such as 1GiB [default: what is available].")  # fmt: skip
 @click.option("--plan", "planning", is_flag=True, help="Only say what it would take: tiles, bytes, memory, seconds.")
@@ -874,6 +876,7 @@ def kernel(
     matrix_free: bool,
     tolerance: float | None,
     workers: int,
+    scheduler: str | None,
     memory: int | None,
     planning: bool,
     allow_imports: bool,
@@ -905,7 +908,7 @@ def kernel(
         for number, path in enumerate(paths):
             share = _Share(progress, number, len(paths), path.stem)
             try:
-                rows.append(_forecast(path, options) if planning else _replayed(path, options, share.update))
+                rows.append(_forecast(path, options) if planning else _replayed(path, options, scheduler, share.update))
             except NtkEosError as error:
                 if len(paths) == 1:
                     raise
@@ -948,12 +951,14 @@ def _forecast(path: "Location", options: dict[str, Any]) -> dict[str, Any]:
     return {"bytes" if name == "nbytes" else name: value for name, value in found.items()}
 
 
-def _replayed(path: "Location", options: dict[str, Any], progress: Callable[[float, str], None]) -> dict[str, Any]:
+def _replayed(
+    path: "Location", options: dict[str, Any], scheduler: str | None, progress: Callable[[float, str], None]
+) -> dict[str, Any]:
     """Compute a kernel of one run; where it lies, and the alignment of its last row."""
     from analysis import alignment, open_run
     from pipeline.replay import replay
 
-    found = replay(path, **options, progress=progress)
+    found = replay(path, **options, scheduler=scheduler, progress=progress)
     # One block at a time: the memory is for the kernel.
     last = alignment(open_run(found).isel(snapshot=[-1])).compute(scheduler="sync")
     alignments = {name: float(last[name].item()) if name in last else None for name in ("kta", "kta_centred")}

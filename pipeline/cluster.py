@@ -23,6 +23,9 @@ ADDRESS = r"(tcp|tls|ucx|wss?)://\S+:\d+"
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 WORKER_SECONDS = 60.0
+# How often long work looks at the workers, and how long it goes on without any: a queue may take its time to replace
+# those whose hours are over.
+LOOK_SECONDS, ALONE_SECONDS = 10.0, 600.0
 # With other versions of these the workers would give other bits, or none.
 TRAINING = ("ntk-eos", "distributed", "numpy", "torch", "zarr")
 ANALYSIS = ("ntk-eos", "distributed", "numpy", "xarray", "zarr")

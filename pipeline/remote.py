@@ -16,7 +16,9 @@ from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import (
+    ALONE_SECONDS,
     ANSWER_SECONDS,
+    LOOK_SECONDS,
     TRAINING,
     ask_workers,
     check_versions,
@@ -26,7 +28,7 @@ from pipeline.cluster import (
     workers,
 )
 from pipeline.config import RunConfig
-from pipeline.disk import Directory, door, location
+from pipeline.disk import Directory, Location, door, location
 from pipeline.errors import InputError, NtkEosError
 from pipeline.single import LostProcess, job, train_apart
 from pipeline.store import LEASE, RUNS, is_run, open_root, read_run, run_path
@@ -35,8 +37,6 @@ from pipeline.sweep import ATTEMPTS, POLL_SECONDS, Outcome
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-LOOK_SECONDS = 10.0
-ALONE_SECONDS = 600.0  # a queue may take its time to replace workers whose hours are over
 GPU = {"GPU": 1}  # what a worker offers by `--resources GPU=1`
 
 
@@ -189,26 +189,11 @@ class _Sweep:
         there = workers(self._client)
         if new := there.keys() - self._known:
             check_versions(self._client, TRAINING)
-            self._check_root()
+            check_reach(self._client, self._runs)
             self._known |= new
         if any(_needs(run) for run in runs) and not any(worker["resources"].get("GPU") for worker in there.values()):
             return "no worker offers a GPU: start one per GPU by `dask worker ADDRESS --nthreads 1 --resources GPU=1`"
         return "" if there else "the scheduler has no worker: start one by `dask worker ADDRESS`"
-
-    def _check_root(self) -> None:
-        """Refuse workers that do not find in the store what is put there here."""
-        folder, key = door(self._runs), f".tmp-sweep-{uuid.uuid4().hex}"
-        folder.put(key, b"is it the same store?", durable=False)
-        try:
-            answers = ask_workers(self._client, finds, str(self._runs), key)
-        finally:
-            folder.delete(key)
-        for worker, problem in answers.items():
-            if problem:
-                raise NtkEosError(
-                    f"worker {worker} does not reach {self._root} as it is here ({problem}): give a folder that all "
-                    "machines share, or the URL of an object store with its credentials in each worker's environment"
-                )
 
     def _stop(self) -> Iterator[Outcome]:
         """Wait for no task any more, but until those that had begun have committed."""
@@ -225,6 +210,26 @@ class _Sweep:
                 if key not in shared and door(run_path(self._root, run_id)).leased(LEASE)
             }  # fmt: skip
         yield from (Outcome(run_id, "interrupted") for run_id in self._pending)
+
+
+def check_reach(client: "Client", folder: Location) -> None:
+    """Refuse workers that do not find in a folder of the store what is put there here.
+
+    Raises:
+        NtkEosError: naming the first such worker.
+    """
+    here, key = door(folder), f".tmp-sweep-{uuid.uuid4().hex}"
+    here.put(key, b"is it the same store?", durable=False)
+    try:
+        answers = ask_workers(client, finds, str(folder), key)
+    finally:
+        here.delete(key)
+    for worker, problem in answers.items():
+        if problem:
+            raise NtkEosError(
+                f"worker {worker} does not reach {folder.parent} as it is here ({problem}): give a folder that all "
+                "machines share, or the URL of an object store with its credentials in each worker's environment"
+            )
 
 
 def _needs(run: RunConfig) -> dict[str, int]:

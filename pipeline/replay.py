@@ -13,9 +13,11 @@ between the two, `ntk_train_cross`. It is computed again only where the run has 
 On the training examples a replayed NTK has the bits of the stored one: it is the same code on the same numbers.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,14 +31,16 @@ from torch import nn
 
 from pipeline import matrix_free as products
 from pipeline import schema
+from pipeline.cluster import TRAINING, connect, versions
 from pipeline.disk import Location, door
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NtkEosError
 from pipeline.forecast import Room
 from pipeline.kernels import KERNELS
 from pipeline.measure import KernelChoice, Measure, trained_names
 from pipeline.provenance import provenance
 from pipeline.rebuild import check_parameters, check_predictions, load_snapshot, network_of, threads_of
 from pipeline.record import MEMORY_BUDGET, Probe
+from pipeline.remote import check_reach
 from pipeline.request import Request, ask
 from pipeline.spectra import NonFiniteKernel, leading_pairs
 from pipeline.store import FINAL, InChunks, NonFiniteRow, Writer, blake, read_run
@@ -64,6 +68,7 @@ def replay(
     workers: int = 1,
     memory: int | None = None,
     matrix_free: float | None = None,
+    scheduler: str | None = None,
     progress: Callable[[float, str], None] = lambda fraction, note: None,
 ) -> Location:
     """Measure a kernel of a recorded run at its snapshots, on its own or on other examples.
@@ -82,6 +87,8 @@ def replay(
         memory: bytes that all processes together may take; what is available here by default.
         matrix_free: never form the kernel: eigenpairs to this relative residual from products J (Jᵀ v), and an estimate
             of ‖K‖ with its standard error.
+        scheduler: address of a Dask scheduler, such as "tcp://host:8786", whose workers compute a kernel in tiles; they
+            must reach the store under the same name. What is computed from the tiles is computed here.
         progress: told the share done and the step that comes next.
 
     Returns:
@@ -90,29 +97,50 @@ def replay(
     Raises:
         MissingError: if there is no such run, or no snapshot at a step.
         InputError: if the run has no parameters, its model cannot be built, the examples do not fit it, a given model
-            or a store in memory are to be shared with other processes, or there is not enough memory or room on disk.
+            or a store in memory are to be shared with other processes, a kernel that is not in tiles is to be computed
+            by a scheduler, or there is not enough memory or room on disk.
+        NtkEosError: if the scheduler cannot be reached or is lost, or its workers cannot do it.
         RunLocked: if another process is at it.
     """
     asked = ask(run, kernel, probe, layers, at, matrix_free)
     if asked.is_done:
         return asked.path
-    if workers > 1 and (model is not None or str(asked.path).startswith("memory://")):
+    others = f"scheduler = {scheduler}" if scheduler else f"workers = {workers}" if workers > 1 else ""
+    if others and (model is not None or str(asked.path).startswith("memory://")):
         what = "a model that is given" if model is not None else f"{asked.path}"
-        raise InputError(f"workers = {workers}: {what} is in the memory of one process; leave workers out")
-    with computing(threads_of(asked.source)):
+        raise InputError(f"{others}: {what} is in the memory of one process; leave {others.split()[0]} out")
+    if scheduler and not asked.in_tiles:
+        raise InputError(
+            f"{others}: this kernel of n = {asked.n} examples is not computed in tiles, so it is computed here; leave "
+            "scheduler out"
+        )
+    threads = threads_of(asked.source)
+    with computing(threads), connect(scheduler, TRAINING) if scheduler else nullcontext() as client:
         network = network_of(asked.source, allow_imports) if model is None else model
         check_parameters(asked.source, network)
         spare = min(SPARE, Room(asked, workers).check(memory) // 2) // workers
+        if client is not None:
+            check_reach(client, _absolute(asked.source.path).parent)
+        imports = (os.getcwd(),) if allow_imports else ()
         build = partial(
-            _maker_elsewhere, asked.source.path, asked.path, asked.kernel, asked.examples.targets, allow_imports, spare
-        )
-        pool = Pool(workers, threads_of(asked.source), build)
-        _measure_into(asked, network, pool, spare, progress)
+            _maker_elsewhere, _absolute(asked.source.path), _absolute(asked.path), asked.kernel,
+            asked.examples.targets, imports, 0 if client else spare, versions(TRAINING)(),
+        )  # fmt: skip
+        _measure_into(asked, network, Pool(workers, threads, client), build, spare, progress)
     return asked.path
 
 
+def _absolute(path: Location) -> Location:
+    return path.absolute() if isinstance(path, Path) else path
+
+
 def _measure_into(
-    asked: Request, model: nn.Module, pool: Pool, spare: int, progress: Callable[[float, str], None]
+    asked: Request,
+    model: nn.Module,
+    pool: Pool,
+    build: Callable[..., TileMaker],
+    spare: int,
+    progress: Callable[[float, str], None],
 ) -> None:
     """Measure the rows that the result lacks, and commit them."""
     source, examples, kernel = asked.source, asked.examples, asked.kernel
@@ -177,9 +205,9 @@ def _measure_into(
             else:
                 arrays = {name: writer.in_chunks("snapshots", name) for name in IN_CHUNKS if name in names}
                 maker = TileMaker(model, kernel, x, y, train, arrays, spare if pool.count == 1 else 0)
-                elsewhere = {name: replace(array, directory=door(asked.path)) for name, array in arrays.items()}
-                of_row = replace(pool, build=partial(pool.build, row, elsewhere))
-                values = _row_in_tiles(writer, maker, of_row, Ledger(step, arrays, kept), asked.pairs, share)
+                elsewhere = {n: replace(a, directory=door(_absolute(asked.path))) for n, a in arrays.items()}
+                of_row = partial(build, row, elsewhere)
+                values = _row_in_tiles(writer, maker, pool, of_row, Ledger(step, arrays, kept), asked.pairs, share)
                 top = values["eigenvalue"][0]
                 of_all = kernel["name"] == "ntk"  # other kernels are summed over outputs
                 values["ntk_sharpness"] = products.sharpness(model, x, top) if of_all else top / asked.n
@@ -206,15 +234,20 @@ def _maker_elsewhere(
     path: Location,
     kernel: dict[str, Any],
     targets: bool,
-    allow_imports: bool,
+    imports: tuple[str, ...],
     spare: int,
+    expected: dict[str, str],
     row: int,
     arrays: dict[str, InChunks],
 ) -> TileMaker:
     """In a process of its own: what makes the tiles of a row, from the run and the result that is being written."""
+    if (there := versions(TRAINING)()) != expected:  # a worker that came when the others had been looked at
+        raise NtkEosError(
+            f"a worker has {there} and not {expected}: install the same versions on every worker and here"
+        )
     source, found = read_run(source_path), read_run(path)
-    ExitStack().enter_context(computing(threads_of(source)))  # until the process ends
-    model = network_of(source, allow_imports)
+    sys.path += [folder for folder in imports if folder not in sys.path]
+    model = network_of(source, allow_imports=bool(imports))
     load_snapshot(source, model, row)
     x, y, train = (
         torch.as_tensor(run.read(f"probe/{name}"), device=next(model.parameters()).device)
@@ -224,12 +257,18 @@ def _maker_elsewhere(
 
 
 def _row_in_tiles(
-    writer: Writer, maker: TileMaker, pool: Pool, ledger: Ledger, k: int, progress: Callable[[float, str], None]
+    writer: Writer,
+    maker: TileMaker,
+    pool: Pool,
+    build: Callable[[], TileMaker],
+    ledger: Ledger,
+    k: int,
+    progress: Callable[[float, str], None],
 ) -> dict[str, Any]:
     """What is measured of a kernel that is computed tile by tile; what is done is committed every few seconds."""
     count, left, committed = len(ledger.tasks), ledger.left, time.monotonic()
     try:
-        for number, (task, sums) in enumerate(made(maker.ordered(left), maker, pool), count - len(left) + 1):
+        for number, (task, sums) in enumerate(made(maker.ordered(left), maker, pool, build), count - len(left) + 1):
             ledger.enter(task, sums)
             progress(TILES * number / count, f"tile {number} of {count}")
             if time.monotonic() - committed > COMMIT_SECONDS or number == count:

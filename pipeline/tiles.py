@@ -13,25 +13,42 @@ processes made them, or on how often they were killed.
 """
 
 import math
+import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.cluster import ALONE_SECONDS, LOOK_SECONDS, workers
 from pipeline.errors import NtkEosError
 from pipeline.kernels import KERNELS, NTK, BlockPairs
 from pipeline.spectra import NonFiniteKernel, krylov_bytes
 from pipeline.store import InChunks
 from pipeline.sweep import THREAD_VARIABLES, begin_worker, blocked_signals, environment
+from pipeline.train import computing
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 # To work in, beside examples and tile. It decides in which parts a tile is computed, and with that its last bits.
 MEMORY = 2**28
@@ -132,64 +149,123 @@ class TileMaker:
 
 @dataclass(frozen=True)
 class Pool:
-    """Processes that make tiles.
+    """Where tiles are made.
 
     Attributes:
-        count: how many; with one, it is this one.
+        count: processes of this machine; with one, it is this one.
         threads: of torch and BLAS in each.
-        build: gives, in a process that is started, a maker of the same tiles.
+        client: of a Dask cluster, whose workers make them instead.
     """
 
     count: int
     threads: int
-    build: Callable[..., TileMaker]
+    client: "Client | None" = None
 
 
-def made(tasks: Iterable[Task], maker: TileMaker, pool: Pool) -> Iterator[tuple[Task, Array]]:
-    """Make chunks, by the maker or in other processes, and yield each with what `make` returned, as they are done.
+def made(
+    tasks: Iterable[Task], maker: TileMaker, pool: Pool, build: Callable[[], TileMaker]
+) -> Iterator[tuple[Task, Array]]:
+    """Make chunks, by the maker or elsewhere, and yield each with what `make` returned, as they are done.
+
+    Args:
+        tasks: what to make.
+        maker: for this process.
+        pool: where.
+        build: gives a maker of the same tiles in another process; it is sent there.
 
     Raises:
-        NtkEosError: if a process was killed.
+        NtkEosError: if a process was killed, or the cluster is lost or has no worker for long.
         NonFiniteKernel: as `TileMaker.make`.
     """
-    if pool.count == 1:
+    if pool.count == 1 and pool.client is None:
         yield from ((task, maker.make(task)) for task in tasks)
         return
+    make = partial(make_elsewhere, uuid.uuid4().hex, build, pool.threads)
     waiting = deque(tasks)
-    with (
-        environment(dict.fromkeys(THREAD_VARIABLES, str(pool.threads))),
-        ProcessPoolExecutor(pool.count, get_context("spawn"), _begin, (pool.build,)) as processes,
-    ):
-        pending: dict[Future[Array], Task] = {}
+    pending: dict[Future[Array], Task] = {}
+    with _processes(pool) if pool.client is None else _workers(pool.client) as (executor, places):
         try:
             while waiting or pending:
-                with blocked_signals():
-                    while waiting and len(pending) < 2 * pool.count:
+                room = 2 * places()
+                with blocked_signals():  # a process that is started here leaves them to this one
+                    while waiting and len(pending) < room:
                         task = waiting.popleft()
-                        pending[processes.submit(_make, task)] = task
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                        pending[executor.submit(make, task)] = task
+                for future in wait(pending, LOOK_SECONDS, FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _processes(pool: Pool) -> Iterator[tuple[Executor, Callable[[], int]]]:
+    """An executor on processes of this machine, and how many there are."""
+    with environment(dict.fromkeys(THREAD_VARIABLES, str(pool.threads))):
+        try:
+            with ProcessPoolExecutor(pool.count, get_context("spawn"), begin_worker, (None,)) as executor:
+                yield executor, lambda: pool.count
         except BrokenProcessPool as error:
             raise NtkEosError(
                 "a process that computed tiles was ended; is there enough memory? The same command goes on from the "
                 "last commit"
             ) from error
-        finally:
-            processes.shutdown(cancel_futures=True)
 
 
-_maker: Any = None
+@contextmanager
+def _workers(client: "Client") -> Iterator[tuple[Executor, Callable[[], int]]]:
+    """An executor on the workers of a cluster, and how many threads they have."""
+    from distributed import KilledWorker
+
+    looked, served, threads = -math.inf, time.monotonic(), 1
+
+    def places() -> int:
+        nonlocal looked, served, threads
+        now = time.monotonic()
+        if now - looked > LOOK_SECONDS:
+            there = workers(client)
+            looked, served = now, now if there else served
+            threads = max(1, sum(worker["nthreads"] for worker in there.values()))
+            if now - served > ALONE_SECONDS:
+                raise NtkEosError(
+                    f"the scheduler had no worker for {ALONE_SECONDS:.0f} s: start one by `dask worker ADDRESS`; then "
+                    "the same command goes on"
+                )
+        return threads
+
+    try:
+        # Whoever computes a tile also puts it into the store, so one that was computed once is not the same as another.
+        yield client.get_executor(pure=False), places
+    except KilledWorker as error:
+        raise NtkEosError(
+            f"a tile has lost {error.allowed_failures + 1} workers: is their memory too small (`dask worker "
+            "--memory-limit`), or their time over? The same command goes on from the last commit"
+        ) from error
+    except CancelledError as error:
+        raise NtkEosError(
+            "the connection to the Dask scheduler was lost; what was computed is saved, the same command goes on"
+        ) from error
 
 
-def _begin(build: Callable[[], TileMaker]) -> None:
-    """Set up a worker."""
-    global _maker
-    begin_worker(None)
-    _maker = build()
+# What a thread of another process has at hand: the name of what it was last asked for, the maker, and its settings.
+_here = threading.local()
 
 
-def _make(task: Task) -> Array:
-    return _maker.make(task)
+def make_elsewhere(name: str, build: Callable[[], TileMaker], threads: int, task: Task) -> Array:
+    """Make one chunk in another process, with a maker that is kept for the next one.
+
+    Args:
+        name: of the maker.
+        build: gives it.
+        threads: of torch and BLAS.
+        task: as of `TileMaker.make`.
+    """
+    if getattr(_here, "name", None) != name:
+        vars(_here).clear()
+        settings = computing(threads)
+        settings.__enter__()  # until there is another: between tiles nothing else is computed in this thread
+        _here.settings, _here.maker, _here.name = settings, build(), name
+    return _here.maker.make(task)
 
 
 class Ledger:

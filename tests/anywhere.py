@@ -1,11 +1,15 @@
-"""Every measure, by name: what it is of a store, lazily, for tests that compute it in several places."""
+"""For tests that compute in several places: clusters, and every measure by name."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
+import dask
 import numpy as np
 import xarray as xr
+from distributed import LocalCluster
 from mock_store import mock_store
 
 import analysis
@@ -14,6 +18,27 @@ from analysis import evolution
 # The measures of `analysis.evolution`, and the others that are lazy until asked.
 GROUPS = {name: measure.groups or ("snapshots",) for name, measure in evolution.MEASURES.items()}
 GROUPS |= {"alignment": ("snapshots",), "phases": ("scalars",), "phase_summary": ("scalars",)}
+
+
+@contextmanager
+def lasting_cluster(losses: int) -> Iterator[LocalCluster]:
+    """Two worker processes, which their nannies start again; a task may be lost with so many of them.
+
+    A worker that wants the result of one that is gone waits for as long as it may take to connect: not half a minute.
+    """
+    options = {
+        "distributed.scheduler.allowed-failures": losses,
+        "distributed.comm.timeouts.connect": "5s",
+        # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
+        "distributed.deploy.lost-worker-timeout": "1h",
+    }
+    with (
+        dask.config.set(options),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
+        ) as cluster,
+    ):
+        yield cluster
 
 
 def store_with_everything(root: Path) -> Path:

@@ -262,7 +262,8 @@ def anywhere(folder: Path, repeats: int) -> Iterator[Row]:
 
     def measured() -> None:
         ds = analysis.open_sweep(root)
-        centred_alignment(ds.assign(target=xr.zeros_like(ds.target) + xr.DataArray(y, dims="sample"))).compute()
+        target = xr.zeros_like(ds.target).variable + xr.Variable("sample", y)
+        centred_alignment(ds.assign(target=target)).compute()
 
     size = kernels.nbytes / 2**20
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL") as cluster:

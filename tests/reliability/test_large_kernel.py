@@ -4,6 +4,7 @@ Memory is the resident set of the command and all its children, looked at every 
 ARPACK on the stored kernel, which the test, having more memory, loads in full.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from anywhere import lasting_cluster
 from large_kernel import PAIRS, command, trained, watched
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sizes import sizes
 
+from pipeline import schema
+from pipeline.replay import replay
 from pipeline.store import read_run
 from pipeline.verify import verify_root
 
@@ -100,6 +104,34 @@ def test_kills_and_two_processes_change_no_bit(tmp_path, measured, kills):
     assert read_run(whole.path).head == whole.head
     assert verify_root(whole.path.parent.parent, deep=True) == []
     measured("R5", "SIGKILL of a kernel in tiles, two processes against one", kills=kills, tiles=tiles, heads_differ=0)
+
+
+@sizes("kills, side", full=(6, 256), soak=(60, 100))
+def test_lost_workers_of_a_cluster_change_no_bit(tmp_path, measured, monkeypatch, kills, side):
+    run, probe = trained(tmp_path, 3000)
+    monkeypatch.setattr(schema, "TILED", 1)
+    monkeypatch.setattr(schema, "TILE", side)
+    monkeypatch.setattr("pipeline.replay.COMMIT_SECONDS", 0.0)
+    whole = read_run(replay(run, probe=probe))
+    shutil.rmtree(whole.path)
+    tiles, killed, dice = 0, set(), random.Random(kills)
+    with lasting_cluster(losses=1000) as cluster:
+
+        def kill(*_: object) -> None:
+            """Every few tiles; both workers may be lost at a time."""
+            nonlocal tiles
+            tiles += 1
+            alive = {nanny.pid for nanny in cluster.workers.values() if nanny.pid} - killed
+            if alive and len(killed) < min(kills, tiles // 7):
+                pid = dice.choice(sorted(alive))
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+
+        replay(run, probe=probe, scheduler=cluster.scheduler_address, progress=kill)
+    assert len(killed) == kills
+    assert read_run(whole.path).head == whole.head
+    assert verify_root(whole.path.parent.parent, deep=True) == []
+    measured("R21", "a kernel in tiles, SIGKILL of a worker", kills=kills, tiles=tiles, heads_other=0)
 
 
 def commits(path: Path) -> int:

@@ -1,13 +1,12 @@
 """SIGKILL of a scheduler's workers while they train a sweep: it ends complete, with the bits of serial runs."""
 
-import logging
 import os
 import random
 import signal
 
-import dask
 import psutil
 import pytest
+from anywhere import lasting_cluster
 from distributed import LocalCluster
 from rows_seen import commits
 from sizes import sizes
@@ -62,13 +61,7 @@ class Killer:
 
 def sweep_among_kills(root: str, count: int, kills: int, machines: int, serial: str) -> int:
     """Sweep while workers are killed, and hold the heads against those of serial runs; returns the rows."""
-    # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
-    with (
-        dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
-        ) as local,
-    ):
+    with lasting_cluster(losses=3) as local:
         killer = Killer(local, root, kills, machines)
         outcomes = list(sweep_on(local.scheduler_address, runs(count), root, on_poll=killer))
     assert killer.done == kills, "the runs are too short to be killed this often"

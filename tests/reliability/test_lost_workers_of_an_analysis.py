@@ -1,6 +1,5 @@
 """SIGKILL of Dask workers while they compute: every measure has the bits of one that was computed alone."""
 
-import logging
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import dask
 import pytest
-from anywhere import GROUPS, assert_same_bits, measure_of, store_with_everything
+from anywhere import GROUPS, assert_same_bits, lasting_cluster, measure_of, store_with_everything
 from distributed import LocalCluster
 from sizes import sizes
 
@@ -26,22 +25,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two worker processes, which their nannies start again; a task may be lost with any number of them.
-
-    A worker that wants the result of one that is gone waits for as long as it may take to connect: not half a minute.
-    """
-    options = {
-        "distributed.scheduler.allowed-failures": 1000,
-        "distributed.comm.timeouts.connect": "5s",
-        # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
-        "distributed.deploy.lost-worker-timeout": "1h",
-    }
-    with (
-        dask.config.set(options),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
-        ) as cluster,
-    ):
+    with lasting_cluster(losses=1000) as cluster:
         yield cluster
 
 
