@@ -24,6 +24,9 @@ test reliability soak studies bench scaling: export MKL_NUM_THREADS = 1
 PYTEST := pytest -q --hypothesis-profile=ci --numprocesses=logical --dist=worksteal
 # Tests that measure a promise of docs/reliability.md.
 PROMISED := tests/reliability tests/golden tests/test_safety.py
+# It measures a share of time, so nothing else runs beside it.
+ALONE := tests/reliability/test_overhead.py
+CI_SIZE := -m "not short and not soak and not slow" --measured docs/reliability.json
 
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
 	@echo "test 1/3: everything"
@@ -36,7 +39,8 @@ test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads wi
 	@NTK_EOS_STORE=$(SMOKE) .venv-plain/bin/pytest -q --confcutdir=tests/plain tests/plain
 
 reliability: .venv/.stamp .venv-moto/.stamp ## the longer tests, which kill and damage: docs/reliability.md
-	@.venv/bin/$(PYTEST) $(PROMISED) -m "not short and not soak and not slow" --measured docs/reliability.json
+	@.venv/bin/$(PYTEST) $(PROMISED) --ignore $(ALONE) $(CI_SIZE)
+	@.venv/bin/$(PYTEST) $(ALONE) --numprocesses=0 $(CI_SIZE)
 	@.venv/bin/python tests/promises.py docs/reliability.json > docs/.reliability.md
 	@mv docs/.reliability.md docs/reliability.md
 

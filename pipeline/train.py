@@ -6,6 +6,7 @@ the parameters of step t.
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -149,6 +150,8 @@ def find_device(name: str, otherwise: str | None = None) -> torch.device:
     device = torch.device(name)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if available[device.type]:
+        if device.type == "cuda":  # without a workspace of a fixed size cuBLAS does not promise one order of summing
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return device
     if otherwise is None:
         raise InputError(f"compute.device = {name!r}: torch finds no such device here; use 'cpu'")
