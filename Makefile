@@ -67,7 +67,7 @@ lint: .venv/.stamp ## style, docstrings and types
 bench: .venv/.stamp ## costs as ratios, measured in one run
 	@.venv/bin/python tests/bench/run.py
 
-scaling: .venv/.stamp ## how time, memory and bytes grow: the tables of docs/scaling.md, half an hour
+scaling: .venv/.stamp ## how time, memory and bytes grow: the tables of docs/scaling.md, three quarters of an hour
 	@.venv/bin/python tests/bench/scaling.py
 
 # It sets threads itself, 1 and then 2. BENCH passes options on: make bench-kernels BENCH='--rows cnn-500 --markdown t.md'.
