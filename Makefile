@@ -29,8 +29,8 @@ ALONE := tests/reliability/test_overhead.py
 CI_SIZE := -m "not short and not soak and not slow" --measured docs/reliability.json
 
 test: $(VENVS:=/.stamp) ## all tests; the analysis without torch; plain reads with xarray, zarr and dask alone
-	@echo "test 1/3: everything"
-	@.venv/bin/$(PYTEST)
+	@echo "test 1/3: everything but the analysis"
+	@.venv/bin/$(PYTEST) --ignore tests/analysis
 	@echo "test 2/3: the analysis, without torch"
 	@.venv-analysis/bin/$(PYTEST) tests/analysis
 	@echo "test 3/3: reading a store with xarray, zarr and dask alone"
@@ -89,7 +89,7 @@ $(PEERS:=/.stamp): .venv-%/.stamp: tests/bench/peers/%.txt
 	@touch $@
 
 .venv/.stamp:          packages = -e '.[train,netcdf,distributed,cloud,dev]'
-.venv-analysis/.stamp: packages = -e . pytest pytest-xdist hypothesis
+.venv-analysis/.stamp: packages = -e '.[netcdf]' pytest pytest-xdist hypothesis
 .venv-plain/.stamp:    packages = xarray zarr dask pytest
 
 $(VENVS:=/.stamp): pyproject.toml constraints.txt

@@ -73,7 +73,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
                 break
         return False
 
-    outcomes = list(sweep(runs(steps=3000), root, workers=2, on_poll=kill_once))
+    outcomes = list(sweep(runs(steps=1000), root, workers=2, on_poll=kill_once))
     assert killed
     assert sorted(outcome.run_id for outcome in outcomes) == sorted(run.run_id for run in runs())
     assert {outcome.status for outcome in outcomes} == {"complete"}
