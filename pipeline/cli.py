@@ -855,7 +855,7 @@ def _show_claims(judgements: Sequence["Judgement"], as_json: bool) -> None:
               help="Never form the NTK: eigenpairs by products with it, and its norm with an error bar.")  # fmt: skip
 @click.option("--tolerance", type=float, help="Relative residual of matrix-free eigenpairs [default: 1e-8].")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True,
-              help="Processes that compute a kernel in tiles.")  # fmt: skip
+              help="Processes that compute tiles, and threads that multiply them.")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS",
               help="Compute the tiles on the workers of this Dask scheduler, as tcp://host:8786.")  # fmt: skip
 @click.option("--memory", metavar="BYTES", callback=_bytes,
@@ -897,6 +897,8 @@ def kernel(
     paths = _paths_of_runs(root, run_ids)
     if tolerance is not None and not matrix_free:
         raise InputError("--tolerance: of --matrix-free only")
+    if planning and scheduler:
+        raise InputError("--plan: says what it would take on this machine; leave --scheduler out")
     options = {
         "kernel": kernel_table(name), "probe": probe, "layers": layers, "at": _steps(at), "workers": workers,
         "memory": memory, "matrix_free": (tolerance or 1e-8) if matrix_free else None, "allow_imports": allow_imports,

@@ -4,9 +4,11 @@ distributed sends pickles both ways, so whoever reaches a scheduler can run code
 to it: a scheduler is trusted like one's own account.
 """
 
+import asyncio
 import logging
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.disk import Directory, Location, door
 from pipeline.errors import InputError, NtkEosError
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ WORKER_SECONDS = 60.0
 # How often long work looks at the workers, and how long it goes on without any: a queue may take its time to replace
 # those whose hours are over.
 LOOK_SECONDS, ALONE_SECONDS = 10.0, 600.0
+GPU = {"GPU": 1}  # what a worker offers by `--resources GPU=1`
+NO_GPU = "no worker offers a GPU: start one per GPU by `dask worker ADDRESS --nthreads 1 --resources GPU=1`"
+NO_WORKER = "the scheduler has no worker: start one by `dask worker ADDRESS`"
 # With other versions of these the workers would give other bits, or none.
 TRAINING = ("ntk-eos", "distributed", "numpy", "torch", "zarr")
 ANALYSIS = ("ntk-eos", "distributed", "numpy", "xarray", "zarr")
@@ -181,6 +187,54 @@ def check_versions(client: "Client", packages: Sequence[str]) -> None:
             raise NtkEosError(
                 f"worker {worker} has {', '.join(other)}: install the same versions on every worker and here"
             )
+
+
+def check_reach(client: "Client", folder: Location) -> None:
+    """Refuse workers that do not find in a folder of the store what is put there here.
+
+    Raises:
+        NtkEosError: naming the first such worker.
+    """
+    here, key = door(folder), f".tmp-sweep-{uuid.uuid4().hex}"
+    here.put(key, b"is it the same store?", durable=False)
+    try:
+        answers = ask_workers(client, finds, str(folder), key)
+    finally:
+        here.delete(key)
+    for worker, problem in answers.items():
+        if problem:
+            raise NtkEosError(
+                f"worker {worker} does not reach {folder.parent} as it is here ({problem}): give a folder that all "
+                "machines share, or the URL of an object store with its credentials in each worker's environment"
+            )
+
+
+async def finds(folder: str, key: str) -> str | None:
+    """Why a worker cannot read what was put into a store; None if it can."""
+    try:
+        await asyncio.wait_for(asyncio.to_thread(door(folder).get, key), ANSWER_SECONDS / 2)
+    except NtkEosError as error:
+        return str(error)
+    except TimeoutError:
+        return f"no answer for {ANSWER_SECONDS / 2:.0f} s"
+    return None
+
+
+def go_elsewhere_unless_fit(expected: Mapping[str, str], folder: str) -> None:
+    """In a task: leave a worker that came after its command last looked, if it is not like the others.
+
+    When the command looks again, it says what is wrong there.
+
+    Args:
+        expected: the versions of the command.
+        folder: in the store, which must be there.
+    """
+    from distributed import Reschedule
+
+    store = door(folder)
+    if versions(TRAINING)() != expected or (isinstance(store, Directory) and not store.is_there()):
+        time.sleep(LOOK_SECONDS)
+        raise Reschedule
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipeline.rebuild import check_parameters, load_snapshot, network_of, thread
 from pipeline.record import Probe
 from pipeline.request import Request, ask
 from pipeline.spectra import GUARDS, krylov_bytes
-from pipeline.store import InChunks, is_run, read_run
+from pipeline.store import InChunks, is_run
 from pipeline.tiles import TileMaker, peak_bytes, product, tasks_of
 from pipeline.train import computing
 
@@ -73,10 +73,7 @@ def forecast(
         InputError: as `replay`, also if there is not enough memory or room on disk.
     """
     asked = ask(run, kernel, probe, layers, at, matrix_free)
-    there = is_run(asked.path)
-    steps = list(asked.rows.values())
-    last = read_run(asked.path).attrs["last_step"] if there else None
-    left = [step for step in steps if last is None or step > last]
+    left = [step for step in asked.rows.values() if step > asked.last_step]
     side = min(asked.n, schema.TILE) if asked.in_tiles else asked.n
     tiles = 0 if asked.matrix_free is not None else (-(-asked.n // side)) ** 2
     room = Room(asked, workers)
@@ -92,14 +89,19 @@ def forecast(
 
 
 class Room:
-    """What a replay needs.
+    """What a replay needs on this machine.
+
+    Args:
+        asked: the replay.
+        workers: processes that make tiles, and threads of the products.
+        elsewhere: the tiles are made on other machines.
 
     Attributes:
         memory: bytes that all processes hold together, at most.
         nbytes: of the result on disk.
     """
 
-    def __init__(self, asked: Request, workers: int) -> None:
+    def __init__(self, asked: Request, workers: int, *, elsewhere: bool = False) -> None:
         n, trained, rows = asked.n, asked.source.node("probe/input")["shape"][0], len(asked.rows)
         c = asked.examples.arrays["target"].shape[1]
         self._asked, self._workers = asked, workers
@@ -111,7 +113,8 @@ class Room:
             graphs = products.MEMORY + max(2**27, 8 * p) + 16 * p
             self.memory, self.nbytes = held + graphs + krylov_bytes(n, asked.pairs), small
         elif asked.in_tiles:
-            self.memory = peak_bytes(n, asked.pairs, schema.TILE, workers, psutil.Process().memory_info().rss)
+            held = psutil.Process().memory_info().rss
+            self.memory = peak_bytes(n, asked.pairs, schema.TILE, workers, held, elsewhere=elsewhere)
             self.nbytes = rows * (4 * n * n + cross) + small
         else:
             pairs = c if asked.kernel["name"] == "ntk" else 1  # of outputs are measured together

@@ -5,11 +5,9 @@ holder, so a task may begin again anywhere and ends with the same bits. A task g
 two sweeps of one store share the tasks that they have in common, and a command that was killed leaves none behind.
 """
 
-import asyncio
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from traceback import format_exception
@@ -18,17 +16,21 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cluster import (
     ALONE_SECONDS,
     ANSWER_SECONDS,
+    GPU,
     LOOK_SECONDS,
+    NO_GPU,
+    NO_WORKER,
     TRAINING,
-    ask_workers,
+    check_reach,
     check_versions,
     connect,
+    go_elsewhere_unless_fit,
     processing,
     versions,
     workers,
 )
 from pipeline.config import RunConfig
-from pipeline.disk import Directory, Location, door, location
+from pipeline.disk import door, location
 from pipeline.errors import InputError, NtkEosError
 from pipeline.single import LostProcess, job, train_apart
 from pipeline.store import LEASE, RUNS, is_run, open_root, read_run, run_path
@@ -36,8 +38,6 @@ from pipeline.sweep import ATTEMPTS, POLL_SECONDS, Outcome
 
 if TYPE_CHECKING:
     from distributed import Client, Future
-
-GPU = {"GPU": 1}  # what a worker offers by `--resources GPU=1`
 
 
 def sweep_on(
@@ -192,8 +192,8 @@ class _Sweep:
             check_reach(self._client, self._runs)
             self._known |= new
         if any(_needs(run) for run in runs) and not any(worker["resources"].get("GPU") for worker in there.values()):
-            return "no worker offers a GPU: start one per GPU by `dask worker ADDRESS --nthreads 1 --resources GPU=1`"
-        return "" if there else "the scheduler has no worker: start one by `dask worker ADDRESS`"
+            return NO_GPU
+        return "" if there else NO_WORKER
 
     def _stop(self) -> Iterator[Outcome]:
         """Wait for no task any more, but until those that had begun have committed."""
@@ -212,26 +212,6 @@ class _Sweep:
         yield from (Outcome(run_id, "interrupted") for run_id in self._pending)
 
 
-def check_reach(client: "Client", folder: Location) -> None:
-    """Refuse workers that do not find in a folder of the store what is put there here.
-
-    Raises:
-        NtkEosError: naming the first such worker.
-    """
-    here, key = door(folder), f".tmp-sweep-{uuid.uuid4().hex}"
-    here.put(key, b"is it the same store?", durable=False)
-    try:
-        answers = ask_workers(client, finds, str(folder), key)
-    finally:
-        here.delete(key)
-    for worker, problem in answers.items():
-        if problem:
-            raise NtkEosError(
-                f"worker {worker} does not reach {folder.parent} as it is here ({problem}): give a folder that all "
-                "machines share, or the URL of an object store with its credentials in each worker's environment"
-            )
-
-
 def _needs(run: RunConfig) -> dict[str, int]:
     return GPU if run.compute.device.startswith("cuda") else {}
 
@@ -248,15 +228,11 @@ def train_on_worker(job: str, threads: int, expected: Mapping[str, str], folder:
         expected: the versions of the command.
         folder: where the store keeps its runs.
     """
-    from distributed import Reschedule, get_worker
+    from distributed import get_worker
 
     worker = get_worker()
     key = worker.get_current_task()
-    store = door(folder)
-    if versions(TRAINING)() != expected or (isinstance(store, Directory) and not store.is_there()):
-        # This worker came after the sweep last looked; when it looks again, it says what is wrong here.
-        time.sleep(LOOK_SECONDS)
-        raise Reschedule
+    go_elsewhere_unless_fit(expected, folder)
 
     def unwanted() -> bool:
         # The scheduler cannot end a thread: it only notes in the worker's state that nobody waits for the task.
@@ -264,14 +240,3 @@ def train_on_worker(job: str, threads: int, expected: Mapping[str, str], folder:
         return task is None or task.state == "cancelled" or worker.status.name in ("closing", "closed")
 
     return train_apart(job, threads, unwanted)
-
-
-async def finds(folder: str, key: str) -> str | None:
-    """Why a worker cannot read what was put into a store; None if it can."""
-    try:
-        await asyncio.wait_for(asyncio.to_thread(door(folder).get, key), ANSWER_SECONDS / 2)
-    except NtkEosError as error:
-        return str(error)
-    except TimeoutError:
-        return f"no answer for {ANSWER_SECONDS / 2:.0f} s"
-    return None

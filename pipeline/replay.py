@@ -18,11 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -31,21 +31,24 @@ from torch import nn
 
 from pipeline import matrix_free as products
 from pipeline import schema
-from pipeline.cluster import TRAINING, connect, versions
+from pipeline.cluster import TRAINING, connect
 from pipeline.disk import Location, door
-from pipeline.errors import InputError, NtkEosError
+from pipeline.errors import InputError
 from pipeline.forecast import Room
 from pipeline.kernels import KERNELS
 from pipeline.measure import KernelChoice, Measure, trained_names
 from pipeline.provenance import provenance
 from pipeline.rebuild import check_parameters, check_predictions, load_snapshot, network_of, threads_of
 from pipeline.record import MEMORY_BUDGET, Probe
-from pipeline.remote import check_reach
+from pipeline.remote_tiles import Workers
 from pipeline.request import Request, ask
 from pipeline.spectra import NonFiniteKernel, leading_pairs
 from pipeline.store import FINAL, InChunks, NonFiniteRow, Writer, blake, read_run
-from pipeline.tiles import Ledger, Pool, TileMaker, made, product
-from pipeline.train import computing
+from pipeline.tiles import Elsewhere, Ledger, Processes, TileMaker, made, product
+from pipeline.train import computing, find_device
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 COMMIT_SECONDS = 5.0
 # Of what the budget of memory leaves, at most so much is used to capture fewer examples twice.
@@ -83,8 +86,9 @@ def replay(
         at: "final", the last snapshot; "all"; or steps that have one.
         model: the network, for a run that a loop of one's own recorded; its parameters are overwritten.
         allow_imports: import the model that the run's study names.
-        workers: processes that compute a kernel in tiles, each with the threads of the run; the bits are the same.
-        memory: bytes that all processes together may take; what is available here by default.
+        workers: processes that compute a kernel in tiles, each with the threads of the run, and threads that multiply
+            stored tiles; the bits are the same.
+        memory: bytes that all processes of this machine may take together; what is available here by default.
         matrix_free: never form the kernel: eigenpairs to this relative residual from products J (Jᵀ v), and an estimate
             of ‖K‖ with its standard error.
         scheduler: address of a Dask scheduler, such as "tcp://host:8786", whose workers compute a kernel in tiles; they
@@ -99,6 +103,7 @@ def replay(
         InputError: if the run has no parameters, its model cannot be built, the examples do not fit it, a given model
             or a store in memory are to be shared with other processes, a kernel that is not in tiles is to be computed
             by a scheduler, or there is not enough memory or room on disk.
+        NonFiniteKernel: naming the step and the examples, if a tile is not finite.
         NtkEosError: if the scheduler cannot be reached or is lost, or its workers cannot do it.
         RunLocked: if another process is at it.
     """
@@ -114,20 +119,48 @@ def replay(
             f"{others}: this kernel of n = {asked.n} examples is not computed in tiles, so it is computed here; leave "
             "scheduler out"
         )
-    threads = threads_of(asked.source)
-    with computing(threads), connect(scheduler, TRAINING) if scheduler else nullcontext() as client:
+    with computing(threads_of(asked.source)):
         network = network_of(asked.source, allow_imports) if model is None else model
         check_parameters(asked.source, network)
-        spare = min(SPARE, Room(asked, workers).check(memory) // 2) // workers
-        if client is not None:
-            check_reach(client, _absolute(asked.source.path).parent)
+        left = Room(asked, workers, elsewhere=scheduler is not None).check(memory)
         imports = (os.getcwd(),) if allow_imports else ()
-        build = partial(
-            _maker_elsewhere, _absolute(asked.source.path), _absolute(asked.path), asked.kernel,
-            asked.examples.targets, imports, 0 if client else spare, versions(TRAINING)(),
-        )  # fmt: skip
-        _measure_into(asked, network, Pool(workers, threads, client), build, spare, progress)
+        with connect(scheduler, TRAINING) if scheduler else nullcontext() as client:
+            asked.remove_stale()
+            _measure_into(asked, network, _Makers(workers, min(SPARE, left // 2) // workers, imports, client), progress)
     return asked.path
+
+
+@dataclass(frozen=True)
+class _Makers:
+    """Where tiles are made.
+
+    Attributes:
+        workers: processes of this machine, if there is no client; with one, it is this one. Threads of the products.
+        spare: bytes in which each process keeps more examples captured.
+        imports: folders in which other processes look for a user's own model.
+        client: of a Dask cluster, whose workers make them instead.
+    """
+
+    workers: int
+    spare: int
+    imports: tuple[str, ...]
+    client: "Client | None"
+
+    def elsewhere(
+        self, asked: Request, row: int, device: torch.device, arrays: dict[str, InChunks]
+    ) -> Elsewhere | None:
+        """Other processes for the tiles of a row; None if this one makes them."""
+        if self.client is None and self.workers == 1:
+            return None
+        source, path, threads = _absolute(asked.source.path), _absolute(asked.path), threads_of(asked.source)
+        build = partial(
+            _maker_elsewhere, source, path, asked.kernel, asked.examples.targets, self.imports, str(device), row,
+            {name: replace(array, directory=door(path)) for name, array in arrays.items()},
+            0 if self.client else self.spare,
+        )  # fmt: skip
+        if self.client is None:
+            return Processes(self.workers, threads, build)
+        return Workers(self.client, threads, build, source.parent, device.type == "cuda")
 
 
 def _absolute(path: Location) -> Location:
@@ -137,9 +170,7 @@ def _absolute(path: Location) -> Location:
 def _measure_into(
     asked: Request,
     model: nn.Module,
-    pool: Pool,
-    build: Callable[..., TileMaker],
-    spare: int,
+    makers: _Makers,
     progress: Callable[[float, str], None],
 ) -> None:
     """Measure the rows that the result lacks, and commit them."""
@@ -204,10 +235,10 @@ def _measure_into(
                 values = products.matrix_free(model, x, y, asked.pairs, asked.matrix_free, share)
             else:
                 arrays = {name: writer.in_chunks("snapshots", name) for name in IN_CHUNKS if name in names}
-                maker = TileMaker(model, kernel, x, y, train, arrays, spare if pool.count == 1 else 0)
-                elsewhere = {n: replace(a, directory=door(_absolute(asked.path))) for n, a in arrays.items()}
-                of_row = partial(build, row, elsewhere)
-                values = _row_in_tiles(writer, maker, pool, of_row, Ledger(step, arrays, kept), asked.pairs, share)
+                elsewhere = makers.elsewhere(asked, row, like.device, arrays)
+                maker = TileMaker(model, kernel, x, y, train, arrays, 0 if elsewhere else makers.spare)
+                ledger = Ledger(step, arrays, kept)
+                values = _row_in_tiles(writer, maker, elsewhere, ledger, asked.pairs, makers.workers, share)
                 top = values["eigenvalue"][0]
                 of_all = kernel["name"] == "ntk"  # other kernels are summed over outputs
                 values["ntk_sharpness"] = products.sharpness(model, x, top) if of_all else top / asked.n
@@ -235,40 +266,38 @@ def _maker_elsewhere(
     kernel: dict[str, Any],
     targets: bool,
     imports: tuple[str, ...],
-    spare: int,
-    expected: dict[str, str],
+    device: str,
     row: int,
     arrays: dict[str, InChunks],
+    spare: int,
 ) -> TileMaker:
-    """In a process of its own: what makes the tiles of a row, from the run and the result that is being written."""
-    if (there := versions(TRAINING)()) != expected:  # a worker that came when the others had been looked at
-        raise NtkEosError(
-            f"a worker has {there} and not {expected}: install the same versions on every worker and here"
-        )
+    """In another process: what makes the tiles of a row, from the run and the result that is being written."""
     source, found = read_run(source_path), read_run(path)
     sys.path += [folder for folder in imports if folder not in sys.path]
-    model = network_of(source, allow_imports=bool(imports))
+    model = network_of(source, allow_imports=bool(imports)).to(find_device(device))
     load_snapshot(source, model, row)
     x, y, train = (
         torch.as_tensor(run.read(f"probe/{name}"), device=next(model.parameters()).device)
         for run, name in ((found, "input"), (found, "target"), (source, "input"))
     )
+    check_predictions(source, model, row, train)  # a worker that lives on may have imported another model of that name
     return TileMaker(model, kernel, x, y if targets else None, train, arrays, spare)
 
 
 def _row_in_tiles(
     writer: Writer,
     maker: TileMaker,
-    pool: Pool,
-    build: Callable[[], TileMaker],
+    elsewhere: Elsewhere | None,
     ledger: Ledger,
     k: int,
+    threads: int,
     progress: Callable[[float, str], None],
 ) -> dict[str, Any]:
     """What is measured of a kernel that is computed tile by tile; what is done is committed every few seconds."""
-    count, left, committed = len(ledger.tasks), ledger.left, time.monotonic()
+    count, left, committed = len(ledger.tasks), maker.ordered(ledger.left), time.monotonic()
+    chunks = made(left, elsewhere) if elsewhere else ((task, maker.make(task)) for task in left)
     try:
-        for number, (task, sums) in enumerate(made(maker.ordered(left), maker, pool, build), count - len(left) + 1):
+        for number, (task, sums) in enumerate(chunks, count - len(left) + 1):
             ledger.enter(task, sums)
             progress(TILES * number / count, f"tile {number} of {count}")
             if time.monotonic() - committed > COMMIT_SECONDS or number == count:
@@ -278,7 +307,7 @@ def _row_in_tiles(
         raise type(error)(f"step {ledger.step}: {error}") from error
     norm, trace, energy = ledger.totals()
     kernel = maker.arrays["ntk"]
-    pairs = leading_pairs(product(kernel, pool.count), kernel.shape[0], k, norm)
+    pairs = leading_pairs(product(kernel, threads), kernel.shape[0], k, norm)
     return {
         **maker.arrays,
         "eigenvalue": pairs.values,

@@ -71,9 +71,29 @@ class Request:
         return self.n >= schema.TILED and self.matrix_free is None
 
     @property
+    def last_step(self) -> int:
+        """Of the rows that the result has; -1 if there are none, or they are of an earlier state of the run."""
+        found = read_run(self.path) if is_run(self.path) else None
+        step = found.attrs["last_step"] if found and self._is_of(found) else None
+        return -1 if step is None else step
+
+    @property
     def is_done(self) -> bool:
-        """Whether the result is there; one of an earlier state of the run is removed."""
-        return _is_done(self.path, self.source, self.identity, self.examples, self.rows)
+        """Whether the result is there."""
+        if not is_run(self.path):
+            return False
+        found = read_run(self.path)
+        closed = found.attrs["status"] in FINAL or self.source.attrs["status"] not in FINAL
+        return self._is_of(found) and closed and found.attrs["last_step"] == max(self.rows.values())
+
+    def remove_stale(self) -> None:
+        """Remove a result of an earlier state of the run."""
+        if is_run(self.path) and not self._is_of(read_run(self.path)):
+            door(self.path.parent).delete(self.path.name)
+
+    def _is_of(self, found: Run) -> bool:
+        seed = chain_seed(zarr3.as_stored(self.identity), self.examples.arrays)
+        return found.attrs["seed_digest"] == seed.hex()
 
 
 def ask(
@@ -84,7 +104,12 @@ def ask(
     at: str | Iterable[int],
     matrix_free: float | None,
 ) -> Request:
-    """Look at what is asked for, before anything is computed."""
+    """Look at what is asked for, before anything is computed; the arguments are those of `pipeline.replay.replay`.
+
+    Raises:
+        MissingError: if there is no such run, file of examples, or snapshot at a step.
+        InputError: if the run stored no parameters, or the kernel, the examples or the steps cannot be had of it.
+    """
     source = read_run(run)
     table = named(kernel)
     if layers and table["name"] != "ntk":
@@ -174,17 +199,3 @@ def _rest(source: Run, config: RunConfig | None, own: Mapping[str, NDArray[Any]]
     rest = load_data(options, config.seed, rest=True)
     found = {"sample_index": rest.sample_index, "input": rest.x, "target": rest.y}
     return {name: array.astype(own[name].dtype) for name, array in found.items()}
-
-
-def _is_done(
-    path: Location, source: Run, identity: dict[str, Any], examples: Examples, rows: Mapping[int, int]
-) -> bool:
-    """Whether the result is there; one of an earlier state of the run is removed."""
-    if not is_run(path):
-        return False
-    found = read_run(path)
-    if found.attrs["seed_digest"] != chain_seed(zarr3.as_stored(identity), examples.arrays).hex():
-        door(path.parent).delete(path.name)
-        return False
-    closed = found.attrs["status"] in FINAL or source.attrs["status"] not in FINAL
-    return closed and found.attrs["last_step"] == max(rows.values())

@@ -18,28 +18,18 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    CancelledError,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.cluster import ALONE_SECONDS, LOOK_SECONDS, workers
 from pipeline.errors import NtkEosError
 from pipeline.kernels import KERNELS, NTK, BlockPairs
 from pipeline.spectra import NonFiniteKernel, krylov_bytes
@@ -47,11 +37,9 @@ from pipeline.store import InChunks
 from pipeline.sweep import THREAD_VARIABLES, begin_worker, blocked_signals, environment
 from pipeline.train import computing
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 # To work in, beside examples and tile. It decides in which parts a tile is computed, and with that its last bits.
 MEMORY = 2**28
+POLL_SECONDS = 0.02
 
 # One chunk to compute: the variable, and the index of the chunk in its value.
 Task = tuple[str, tuple[int, ...]]
@@ -140,71 +128,97 @@ class TileMaker:
         return self._sums(block, rows, columns) if name == "ntk" else np.zeros(3)
 
     def _sums(self, block: NDArray[Any], rows: slice, columns: slice) -> Array:
+        # Without BLAS, the threads of which a process of somebody else's may have set.
         exact = block.astype(np.float64, copy=False)
-        diagonal = rows == columns
-        energy = 0.0 if self._y is None else np.einsum("nc,nc->", self._y[rows], exact @ self._y[columns])
+        diagonal, energy = rows == columns, 0.0
+        if self._y is not None:
+            energy = np.sum(self._y[rows] * np.einsum("nm,mc->nc", exact, self._y[columns], optimize=False))
         times = 1.0 if diagonal else 2.0
-        return np.array([times * np.vdot(exact, exact), np.trace(exact) if diagonal else 0.0, times * energy])
+        return np.array([times * np.sum(np.square(exact)), np.trace(exact) if diagonal else 0.0, times * energy])
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Where tiles are made.
-
-    Attributes:
-        count: processes of this machine; with one, it is this one.
-        threads: of torch and BLAS in each.
-        client: of a Dask cluster, whose workers make them instead.
-    """
-
-    count: int
-    threads: int
-    client: "Client | None" = None
+Build = Callable[[], TileMaker]
 
 
-def made(
-    tasks: Iterable[Task], maker: TileMaker, pool: Pool, build: Callable[[], TileMaker]
-) -> Iterator[tuple[Task, Array]]:
-    """Make chunks, by the maker or elsewhere, and yield each with what `make` returned, as they are done.
+class Elsewhere(Protocol):
+    """Other processes that make tiles, from `with` to its end."""
 
-    Args:
-        tasks: what to make.
-        maker: for this process.
-        pool: where.
-        build: gives a maker of the same tiles in another process; it is sent there.
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def places(self) -> int:
+        """How many chunks are made at a time."""
+
+    def submit(self, task: Task) -> Any:
+        """A future of what `TileMaker.make` returns."""
+
+    def result(self, future: Any) -> Array | None:
+        """What a future holds that is done; None if it was lost and is being made again."""
+
+
+def made(tasks: Iterable[Task], elsewhere: Elsewhere) -> Iterator[tuple[Task, Array]]:
+    """Make chunks in other processes, and yield each with what `make` returned, as they are done.
 
     Raises:
-        NtkEosError: if a process was killed, or the cluster is lost or has no worker for long.
+        NtkEosError: if a process was killed, or a cluster cannot do it.
         NonFiniteKernel: as `TileMaker.make`.
     """
-    if pool.count == 1 and pool.client is None:
-        yield from ((task, maker.make(task)) for task in tasks)
-        return
-    make = partial(make_elsewhere, uuid.uuid4().hex, build, pool.threads)
     waiting = deque(tasks)
-    pending: dict[Future[Array], Task] = {}
-    with _processes(pool) if pool.client is None else _workers(pool.client) as (executor, places):
-        try:
-            while waiting or pending:
-                room = 2 * places()
-                with blocked_signals():  # a process that is started here leaves them to this one
-                    while waiting and len(pending) < room:
-                        task = waiting.popleft()
-                        pending[executor.submit(make, task)] = task
-                for future in wait(pending, LOOK_SECONDS, FIRST_COMPLETED).done:
-                    yield pending.pop(future), future.result()
-        finally:
-            for future in pending:
-                future.cancel()
+    pending: dict[Any, Task] = {}
+    with elsewhere:
+        while waiting or pending:
+            room = 2 * elsewhere.places()
+            while waiting and len(pending) < room:
+                task = waiting.popleft()
+                pending[elsewhere.submit(task)] = task
+            done = [future for future in pending if future.done()]
+            for future in done:
+                if (sums := elsewhere.result(future)) is not None:
+                    yield pending.pop(future), sums
+            if not done:
+                time.sleep(POLL_SECONDS)
 
 
-@contextmanager
-def _processes(pool: Pool) -> Iterator[tuple[Executor, Callable[[], int]]]:
-    """An executor on processes of this machine, and how many there are."""
-    with environment(dict.fromkeys(THREAD_VARIABLES, str(pool.threads))):
+class Processes:
+    """Processes of this machine.
+
+    Args:
+        count: how many.
+        threads: of torch and BLAS in each.
+        build: gives a maker; it is sent there.
+    """
+
+    def __init__(self, count: int, threads: int, build: Build) -> None:
+        self._count, self._threads = count, threads
+        self._make = partial(make_elsewhere, uuid.uuid4().hex, threads, build)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(environment(dict.fromkeys(THREAD_VARIABLES, str(self._threads))))
+            pool = ProcessPoolExecutor(self._count, get_context("spawn"), begin_worker, (None,))
+            self._pool = stack.enter_context(pool)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def places(self) -> int:
+        """As many as there are."""
+        return self._count
+
+    def submit(self, task: Task) -> Future[Array]:
+        """Put it into the queue; the first time all processes start, and leave the signals to this one."""
+        with blocked_signals():
+            return self._pool.submit(self._make, task)
+
+    def result(self, future: Future[Array]) -> Array:
+        """Raise NtkEosError if a process was killed."""
         try:
-            with ProcessPoolExecutor(pool.count, get_context("spawn"), begin_worker, (None,)) as executor:
-                yield executor, lambda: pool.count
+            return future.result()
         except BrokenProcessPool as error:
             raise NtkEosError(
                 "a process that computed tiles was ended; is there enough memory? The same command goes on from the "
@@ -212,60 +226,36 @@ def _processes(pool: Pool) -> Iterator[tuple[Executor, Callable[[], int]]]:
             ) from error
 
 
-@contextmanager
-def _workers(client: "Client") -> Iterator[tuple[Executor, Callable[[], int]]]:
-    """An executor on the workers of a cluster, and how many threads they have."""
-    from distributed import KilledWorker
-
-    looked, served, threads = -math.inf, time.monotonic(), 1
-
-    def places() -> int:
-        nonlocal looked, served, threads
-        now = time.monotonic()
-        if now - looked > LOOK_SECONDS:
-            there = workers(client)
-            looked, served = now, now if there else served
-            threads = max(1, sum(worker["nthreads"] for worker in there.values()))
-            if now - served > ALONE_SECONDS:
-                raise NtkEosError(
-                    f"the scheduler had no worker for {ALONE_SECONDS:.0f} s: start one by `dask worker ADDRESS`; then "
-                    "the same command goes on"
-                )
-        return threads
-
-    try:
-        # Whoever computes a tile also puts it into the store, so one that was computed once is not the same as another.
-        yield client.get_executor(pure=False), places
-    except KilledWorker as error:
-        raise NtkEosError(
-            f"a tile has lost {error.allowed_failures + 1} workers: is their memory too small (`dask worker "
-            "--memory-limit`), or their time over? The same command goes on from the last commit"
-        ) from error
-    except CancelledError as error:
-        raise NtkEosError(
-            "the connection to the Dask scheduler was lost; what was computed is saved, the same command goes on"
-        ) from error
+# In a process that makes tiles: the maker that was last asked for, by its name, and those that are over. One tile at a
+# time, for torch's settings are those of a process.
+_makers: dict[str, TileMaker] = {}
+_over: set[str] = set()
+_one_at_a_time = threading.Lock()
 
 
-# What a thread of another process has at hand: the name of what it was last asked for, the maker, and its settings.
-_here = threading.local()
-
-
-def make_elsewhere(name: str, build: Callable[[], TileMaker], threads: int, task: Task) -> Array:
+def make_elsewhere(name: str, threads: int, build: Build, task: Task) -> Array:
     """Make one chunk in another process, with a maker that is kept for the next one.
 
     Args:
         name: of the maker.
-        build: gives it.
         threads: of torch and BLAS.
+        build: gives it.
         task: as of `TileMaker.make`.
     """
-    if getattr(_here, "name", None) != name:
-        vars(_here).clear()
-        settings = computing(threads)
-        settings.__enter__()  # until there is another: between tiles nothing else is computed in this thread
-        _here.settings, _here.maker, _here.name = settings, build(), name
-    return _here.maker.make(task)
+    with _one_at_a_time, computing(threads):
+        if name in _over:
+            raise NtkEosError("the command that wanted this tile has ended")
+        if name not in _makers:
+            _makers.clear()
+            _makers[name] = build()
+        return _makers[name].make(task)
+
+
+def forget(name: str) -> None:
+    """Wait for the chunk that is being made, give back what the maker holds, and make no further ones."""
+    with _one_at_a_time:
+        _over.add(name)
+        _makers.pop(name, None)
 
 
 class Ledger:
@@ -358,8 +348,8 @@ def product(kernel: InChunks, threads: int = 1) -> Callable[[Array], Array]:
     return times
 
 
-def peak_bytes(n: int, k: int, side: int, processes: int, held: int) -> int:
-    """The most that all processes hold together, about, from their start to the eigenpairs.
+def peak_bytes(n: int, k: int, side: int, processes: int, held: int, *, elsewhere: bool = False) -> int:
+    """The most that all processes of this machine hold together, about, from their start to the eigenpairs.
 
     Args:
         n: examples.
@@ -367,10 +357,13 @@ def peak_bytes(n: int, k: int, side: int, processes: int, held: int) -> int:
         side: of a tile.
         processes: that make tiles.
         held: by this process before it begins, the examples included; by each further one as much.
+        elsewhere: the tiles are made on other machines, and `processes` are threads of the products.
     """
     tile = 4 * min(n, side) ** 2
     making = MEMORY + 8 * tile  # the tile, its mirror, both encoded, and a copy in float64
     solving = krylov_bytes(n, k) + processes * (4 * tile + 16 * n * k)
+    if elsewhere:
+        return held + solving
     if processes == 1:
         return held + max(making, solving)
     return held + max(processes * (held + making), solving)

@@ -1,13 +1,18 @@
 """For tests that compute in several places: clusters, and every measure by name."""
 
+import itertools
 import logging
+import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 
 import dask
 import numpy as np
+import psutil
 import xarray as xr
 from distributed import LocalCluster
 from mock_store import mock_store
@@ -20,25 +25,59 @@ GROUPS = {name: measure.groups or ("snapshots",) for name, measure in evolution.
 GROUPS |= {"alignment": ("snapshots",), "phases": ("scalars",), "phase_summary": ("scalars",)}
 
 
+class Workers:
+    """Two `dask worker` processes of a scheduler; in the place of one that is killed another is started.
+
+    Not those of `LocalCluster`: the nannies that start them again give up when a start takes long on a busy machine.
+    """
+
+    def __init__(self, cluster: LocalCluster, dice: random.Random) -> None:
+        self.cluster, self._dice, self._numbers = cluster, dice, itertools.count()
+        self._processes = dict(self._started() for _ in range(2))
+
+    def _started(self) -> tuple[str, psutil.Popen]:
+        name, address = f"worker-{next(self._numbers)}", self.cluster.scheduler_address
+        options = ["--name", name, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0"]
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", address, *options]
+        return name, psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def are_there(self) -> bool:
+        """Whether the scheduler knows both."""
+        return {str(one.name) for one in list(self.cluster.scheduler.workers.values())} >= set(self._processes)
+
+    def kill(self, *, machine: bool = False) -> None:
+        """SIGKILL of one, at random; of a machine: of what it has started too."""
+        name = self._dice.choice(list(self._processes))
+        process = self._processes.pop(name)
+        for one in [process, *(process.children(recursive=True) if machine else [])]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+        self._processes |= [self._started()]
+
+    def end(self) -> None:
+        """Stop both."""
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+
 @contextmanager
-def lasting_cluster(losses: int) -> Iterator[LocalCluster]:
-    """Two worker processes, which their nannies start again; a task may be lost with so many of them.
+def lasting_cluster(losses: int, seed: int) -> Iterator[Workers]:
+    """Two workers that can be killed; a task may be lost with so many of them.
 
     A worker that wants the result of one that is gone waits for as long as it may take to connect: not half a minute.
     """
-    options = {
-        "distributed.scheduler.allowed-failures": losses,
-        "distributed.comm.timeouts.connect": "5s",
-        # A quarter of a minute after a loss a cluster of this kind gives the worker up if it is lost again just then.
-        "distributed.deploy.lost-worker-timeout": "1h",
-    }
+    options = {"distributed.scheduler.allowed-failures": losses, "distributed.comm.timeouts.connect": "5s"}
     with (
         dask.config.set(options),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL + 1
-        ) as cluster,
+        LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL + 1) as cluster,
     ):
-        yield cluster
+        workers = Workers(cluster, random.Random(seed))
+        try:
+            yield workers
+        finally:
+            workers.end()
 
 
 def store_with_everything(root: Path) -> Path:

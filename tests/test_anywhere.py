@@ -1,7 +1,6 @@
 """Measures on threads and on a Dask cluster: the same bits, within a budget, and one line for what goes wrong."""
 
 import re
-import shutil
 from types import SimpleNamespace
 
 import dask
@@ -11,21 +10,13 @@ from anywhere import GROUPS, assert_same_bits, measure_of, store_with_everything
 from click.testing import CliRunner
 from distributed import LocalCluster
 from mock_store import mock_run
-from torch import nn
 
 import analysis
 from analysis import compute, results
 from pipeline import cluster as way
-from pipeline import schema
 from pipeline.cli import main
-from pipeline.config import File, Mlp, Record, RunConfig, Stop
-from pipeline.errors import DamagedStore, InputError, NtkEosError
-from pipeline.replay import replay
-from pipeline.spectra import NonFiniteKernel
-from pipeline.store import list_runs, read_run, run_path
-from pipeline.tiles import TileMaker
-from pipeline.train import train
-from pipeline.verify import verify_root
+from pipeline.errors import DamagedStore, InputError
+from pipeline.store import list_runs
 
 
 @pytest.fixture(scope="module")
@@ -135,65 +126,6 @@ def test_a_cluster_has_its_own_memory(root):
     said = CliRunner().invoke(main, ["analyze", str(root), "--memory", "1GiB", "--scheduler", "tcp://127.0.0.1:1"])
     assert said.exit_code == 2
     assert "--scheduler and --memory: give one" in said.stderr
-
-
-# --- kernels in tiles -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a run, with examples beside the store."""
-    folder = tmp_path_factory.mktemp("tiles")
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 4)), rng.normal(size=(40, 2))
-    np.savez(folder / "train.npz", x=x[:9], y=y[:9])
-    np.savez(folder / "probe.npz", x=x, y=y)
-    x[31] = 1e30
-    np.savez(folder / "wild.npz", x=x, y=y)
-    run = RunConfig(
-        learning_rate=0.1, data=File(file=str(folder / "train.npz")), model=Mlp(width=6, depth=1), stop=Stop(steps=4),
-        record=Record(eigenpairs=3, snapshots={"every": 2}),
-    )  # fmt: skip
-    train(run, str(folder / "store"))
-    return run_path(folder / "store", run.run_id)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(schema, "TILED", 20)
-    monkeypatch.setattr(schema, "TILE", 7)
-
-
-def test_the_workers_of_a_cluster_make_the_same_tiles(trained, small_tiles, cluster, monkeypatch):
-    probe = trained.parents[2] / "probe.npz"
-    alone = read_run(replay(trained, probe=probe, at="all"))
-    shutil.rmtree(alone.path)
-    monkeypatch.setattr(TileMaker, "make", lambda *_: pytest.fail("a tile was made here"))
-    monkeypatch.chdir(trained.parents[1])  # the workers are elsewhere
-    said = CliRunner().invoke(
-        main, ["kernel", ".", "--probe", str(probe), "--at", "all", "--scheduler", cluster.scheduler_address, "--json"],
-        catch_exceptions=False,
-    )  # fmt: skip
-    assert said.exit_code == 0, said.stderr
-    found = read_run(alone.path)
-    assert (found.status, found.head) == ("complete", alone.head)
-    assert verify_root(alone.path.parent.parent, deep=True) == []
-
-
-def test_a_tile_that_is_not_finite_ends_it_from_a_worker_too(trained, small_tiles, cluster):
-    with pytest.raises(NonFiniteKernel, match="step 4: ntk is not finite between the examples 28 to 34 and"):
-        replay(trained, probe=trained.parents[2] / "wild.npz", scheduler=cluster.scheduler_address)
-
-
-def test_what_a_cluster_cannot_do_is_refused(trained, cluster, small_tiles, monkeypatch):
-    address, probe = cluster.scheduler_address, trained.parents[2] / "probe.npz"
-    with pytest.raises(InputError, match=f"{address}: a model that is given is in the memory of one process"):
-        replay(trained, probe=probe, model=nn.Linear(4, 2), scheduler=address)
-    with pytest.raises(InputError, match="n = 9 examples is not computed in tiles, so it is computed here; leave"):
-        replay(trained, probe="train", scheduler=address)
-    monkeypatch.setattr("pipeline.replay.versions", lambda packages: lambda: {"torch": "another"})
-    with pytest.raises(NtkEosError, match="install the same versions on every worker and here"):
-        replay(trained, probe=probe, at=[2], scheduler=address)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

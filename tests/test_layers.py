@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
         "__init__ errors",
-        "schema cadence seeds zarr3 console provenance images objects cluster",
+        "schema cadence seeds zarr3 console provenance images objects",
         "disk guard",
+        "cluster",
         "store",
         "config verify",
         "repair",
@@ -30,7 +31,7 @@ LAYERS = {
         "train",
         "plan sweep rebuild request",
         "tiles single",
-        "forecast remote",
+        "forecast remote remote_tiles",
         "replay",
         "cli",
     ],

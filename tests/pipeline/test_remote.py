@@ -20,12 +20,13 @@ from command import call, refused
 from distributed import KilledWorker, LocalCluster, Reschedule
 from small_runs import runs
 
+from pipeline import cluster as cluster_module
 from pipeline import remote, single
-from pipeline.cluster import TRAINING, versions
+from pipeline.cluster import TRAINING, finds, versions
 from pipeline.config import Compute, File, Imported, RunConfig, Stop, load_parts, shipped, sizes_of
 from pipeline.disk import door
 from pipeline.errors import InputError, NtkEosError
-from pipeline.remote import finds, sweep_on, train_on_worker
+from pipeline.remote import sweep_on, train_on_worker
 from pipeline.single import LostProcess, job, train_apart
 from pipeline.store import LEASE, list_runs, run_path
 from pipeline.sweep import Outcome
@@ -307,7 +308,7 @@ def test_a_root_that_a_worker_does_not_see_is_refused(cluster, tmp_path, monkeyp
     async def elsewhere(folder, key):
         return await finds(f"{folder}-of-another-machine", key)
 
-    monkeypatch.setattr(remote, "finds", elsewhere)
+    monkeypatch.setattr(cluster_module, "finds", elsewhere)
     message = r"worker tcp://.* does not reach .* as it is here \(.*\.tmp-sweep-.* does not exist\): give a folder that"
     with pytest.raises(NtkEosError, match=message):
         list(sweep_on(cluster.scheduler_address, runs(), str(tmp_path)))
@@ -322,7 +323,7 @@ def test_a_gpu_that_no_worker_offers_is_missed_at_once(cluster, tmp_path, monkey
 
 @pytest.mark.parametrize("case", ["another version", "no such folder"])
 def test_a_task_leaves_a_worker_that_does_not_fit(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(remote, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(cluster_module, "LOOK_SECONDS", 0)
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(get_current_task=lambda: "key"))
     here = versions(TRAINING)()
     expected, folder = (here | {"torch": "0"}, tmp_path) if case == "another version" else (here, tmp_path / "absent")
@@ -331,8 +332,8 @@ def test_a_task_leaves_a_worker_that_does_not_fit(tmp_path, monkeypatch, case):
 
 
 def test_a_store_that_does_not_answer_is_no_reason_to_wait(monkeypatch):
-    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(remote, "door", lambda folder: SimpleNamespace(get=lambda key: time.sleep(0.5)))
+    monkeypatch.setattr(cluster_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(cluster_module, "door", lambda folder: SimpleNamespace(get=lambda key: time.sleep(0.5)))
     assert asyncio.run(finds("s3://bucket/runs", "key")) == "no answer for 0 s"
 
 

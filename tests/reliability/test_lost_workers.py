@@ -1,13 +1,7 @@
 """SIGKILL of a scheduler's workers while they train a sweep: it ends complete, with the bits of serial runs."""
 
-import os
-import random
-import signal
-
-import psutil
 import pytest
-from anywhere import lasting_cluster
-from distributed import LocalCluster
+from anywhere import Workers, lasting_cluster
 from rows_seen import commits
 from sizes import sizes
 
@@ -36,34 +30,29 @@ class Killer:
     """Kills a worker whenever a run has committed since the last kill, `kills` times.
 
     Args:
-        local: the cluster, whose nannies start another worker in the place of one that is lost.
+        workers: that train.
         root: the store.
         kills: how often.
         machines: how many of these are of a whole machine: of the runs of the worker too, which then cannot commit.
     """
 
-    def __init__(self, local: LocalCluster, root: str, kills: int, machines: int) -> None:
-        self.local, self.root, self.kills, self.machines = local, root, kills, machines
-        self.done = 0
-        self._seen, self._dice = 0, random.Random(kills)
+    def __init__(self, workers: Workers, root: str, kills: int, machines: int) -> None:
+        self.workers, self.root, self.kills, self.machines = workers, root, kills, machines
+        self.done = self._seen = 0
 
     def __call__(self) -> bool:
-        pids = [nanny.pid for nanny in self.local.workers.values() if nanny.pid]
         now = commits(self.root)
-        if self.done < self.kills and now > self._seen and pids:
-            worker = psutil.Process(self._dice.choice(pids))
-            children = worker.children(recursive=True) if self.done < self.machines else []
-            for process in [worker, *children]:
-                os.kill(process.pid, signal.SIGKILL)
+        if self.done < self.kills and now > self._seen:
+            self.workers.kill(machine=self.done < self.machines)
             self._seen, self.done = now, self.done + 1
         return False
 
 
 def sweep_among_kills(root: str, count: int, kills: int, machines: int, serial: str) -> int:
     """Sweep while workers are killed, and hold the heads against those of serial runs; returns the rows."""
-    with lasting_cluster(losses=3) as local:
-        killer = Killer(local, root, kills, machines)
-        outcomes = list(sweep_on(local.scheduler_address, runs(count), root, on_poll=killer))
+    with lasting_cluster(losses=3, seed=kills) as workers:
+        killer = Killer(workers, root, kills, machines)
+        outcomes = list(sweep_on(workers.cluster.scheduler_address, runs(count), root, on_poll=killer))
     assert killer.done == kills, "the runs are too short to be killed this often"
     assert [outcome for outcome in outcomes if outcome.status != "complete"] == []
     assert len(outcomes) == count

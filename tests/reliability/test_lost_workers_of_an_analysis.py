@@ -1,17 +1,14 @@
 """SIGKILL of Dask workers while they compute: every measure has the bits of one that was computed alone."""
 
-import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import dask
 import pytest
-from anywhere import GROUPS, assert_same_bits, lasting_cluster, measure_of, store_with_everything
-from distributed import LocalCluster
+from anywhere import GROUPS, Workers, assert_same_bits, lasting_cluster, measure_of, store_with_everything
 from sizes import sizes
 
 import analysis
@@ -24,28 +21,21 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with lasting_cluster(losses=1000) as cluster:
-        yield cluster
+def workers():
+    with lasting_cluster(losses=1000, seed=0) as workers:
+        yield workers
 
 
 @contextmanager
-def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
-    """SIGKILL of a random worker, a random moment after all are there; yields the processes that were hit."""
+def killing(workers: Workers, seed: int) -> Iterator[list[float]]:
+    """SIGKILL of a random worker, a random moment after both are there; yields when."""
     dice, killed, stop = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
         while not stop.wait(dice.uniform(1, 4)):
-            # One that is killed before its nanny knows that it runs is given up.
-            there = [
-                nanny.pid
-                for nanny in cluster.workers.values()
-                if nanny.status.name == "running" and nanny.worker_address in cluster.scheduler.workers
-            ]
-            if len(there) == len(cluster.workers) and (alive := [pid for pid in there if pid not in killed]):
-                killed.append(dice.choice(alive))
-                with suppress(ProcessLookupError):
-                    os.kill(killed[-1], signal.SIGKILL)
+            if workers.are_there():
+                workers.kill()
+                killed.append(time.monotonic())
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -57,11 +47,11 @@ def killing(cluster: LocalCluster, seed: int) -> Iterator[list[int]]:
 
 
 @sizes("kills", full=20, soak=20 * len(GROUPS))
-def test_killed_workers_change_no_bit_of_a_measure(root, cluster, measured, kills):
+def test_killed_workers_change_no_bit_of_a_measure(root, workers, measured, kills):
     with dask.config.set(scheduler="sync"):
         alone = {name: measure_of(name, root)() for name in GROUPS}
     computed = 0
-    with analysis.computing(cluster.scheduler_address), killing(cluster, kills) as killed:
+    with analysis.computing(workers.cluster.scheduler_address), killing(workers, kills) as killed:
         while len(killed) < kills or computed < len(GROUPS):
             name = list(GROUPS)[computed % len(GROUPS)]
             assert_same_bits(measure_of(name, root)(), alone[name])
@@ -70,13 +60,13 @@ def test_killed_workers_change_no_bit_of_a_measure(root, cluster, measured, kill
 
 
 @sizes("kills", full=5, soak=20)
-def test_killed_workers_change_no_result_of_a_store(root, cluster, measured, kills):
+def test_killed_workers_change_no_result_of_a_store(root, workers, measured, kills):
     def files() -> dict[str, bytes]:
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "analysis").rglob("*.zip")}
 
     results.analyze(root)
     alone, rounds, started = files(), 0, time.monotonic()
-    with analysis.computing(cluster.scheduler_address), killing(cluster, kills) as killed:
+    with analysis.computing(workers.cluster.scheduler_address), killing(workers, kills) as killed:
         while len(killed) < kills or not rounds:
             for path in (root / "analysis").rglob("*.zip"):
                 path.unlink()
