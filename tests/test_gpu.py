@@ -23,11 +23,16 @@ CASES = {
     "resnet": ["model={name='resnet',width=4,blocks=[1]}", IMAGES],
     "vit": ["model={name='vit',dim=8,depth=1,heads=2,patch=4}", IMAGES],
     "deep_linear": ["model={name='deep_linear',width=6,depth=2}", "learning_rate=0.01"],
+    "two_layer_linear": ["model={name='two_layer_linear',width=6}", "learning_rate=0.01"],
     "kernels": ["record.kernels=['ntk','conjugate',{name='nngp',depth=2},{name='infinite_ntk',depth=2}]"],
+    "weighted": ["record.kernels=['ntk',{name='weighted',weights={'0.weight'=2.0}}]"],
     "held out": ["record.test=20"],
     "sgd": ["update={name='sgd',batch_size=16}"],
     "cross_entropy": ["loss={name='cross_entropy'}"],
-    **{rule: [f"update={{name='{rule}'}}", "learning_rate=0.01"] for rule in ("heavy_ball", "nesterov", "adam")},
+    **{
+        rule: [f"update={{name='{rule}'}}", "learning_rate=0.01"]
+        for rule in ("heavy_ball", "nesterov", "adam", "rmsprop")
+    },
     **{process: [f"process={process}"] for process in ("midpoint", "gradient_flow", "central_flow")},
 }
 

@@ -1,6 +1,8 @@
 """Kernels in tiles against dense Jacobians in float64, with tiles of a few examples; and replays that use them."""
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -272,6 +274,24 @@ def test_a_damaged_tile_is_named(run, small_tiles):
 def test_layers_are_for_kernels_in_memory(run, small_tiles):
     with pytest.raises(InputError, match=r"layers: for fewer than 1 examples, not 20"):
         replay(run, probe=probe_of(run), layers=True)
+
+
+IN_TWO_PROCESSES = """
+import sys
+from pipeline import schema
+from pipeline.replay import replay
+schema.TILED, schema.TILE = 1, 7
+print(replay(sys.argv[1], probe=sys.argv[2], at="all", workers=2))
+"""
+
+
+def test_two_processes_make_the_same_tiles_and_say_nothing(run, small_tiles):
+    whole = read_run(replay(run, probe=probe_of(run), at="all"))
+    shutil.rmtree(whole.path)
+    command = [sys.executable, "-c", IN_TWO_PROCESSES, str(run), str(probe_of(run))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert read_run(done.stdout.strip()).head == whole.head
 
 
 def test_what_is_in_memory_is_not_shared(run):
