@@ -3,11 +3,10 @@
 python tests/peak_memory.py ROOT ANALYSIS ROWS BLOCK_BYTES
 """
 
-import resource
 import sys
 
 import dask
-import psutil
+import resident
 
 import analysis
 from analysis import load
@@ -27,10 +26,10 @@ def main(root: str, name: str, rows: str, block_bytes: str) -> None:
     load.BLOCK_BYTES = int(block_bytes)
     ds = analysis.open_sweep(root).isel(snapshot=slice(int(rows)))
     ANALYSES[name](ds.isel(snapshot=slice(2))).compute()  # whatever is imported late is imported now
-    before = psutil.Process().memory_info().rss
+    before = resident.begin()
     with dask.config.set(scheduler="threads", num_workers=THREADS):
         ANALYSES[name](ds).compute()
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(resident.peak() - before)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ PROMISES = {
         "rebuilt tables equal; a kill leaves the old file whole",
     ),
     "R21": Promise(
-        "Lost workers change no result, of an analysis or of a sweep.",
+        "Lost workers change no result, of an analysis, a sweep or a kernel in tiles.",
         "dask.distributed, on a folder that all workers see or an object store",
         "results equal bit for bit, heads equal to a serial run's",
     ),

@@ -22,28 +22,25 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tests share
 REPEATS = 3
 FEATURES = 64
 COMMAND = Path(sys.executable).with_name("ntk-eos")
 Point = dict[str, float]
 
 
-def resident() -> int:
-    """Bytes that this process has had at most."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def timed(work: Callable[[], Any], repeats: int = REPEATS) -> Point:
     """Median seconds of a call after a first one, and the memory that the calls took."""
-    before = psutil.Process().memory_info().rss
+    from resident import begin, peak
+
+    before = begin()
     times = []
     for _ in range(repeats + 1):
         start = time.process_time()
         work()
         times.append(time.process_time() - start)
-    return {"seconds": statistics.median(times[1:]), "mib": (resident() - before) / 2**20}
+    return {"seconds": statistics.median(times[1:]), "mib": (peak() - before) / 2**20}
 
 
 def network(n: int, width: int, outputs: int) -> tuple[Any, Any]:
@@ -96,7 +93,6 @@ def pairs(n: int) -> Point:
 
 def tiles(n: int) -> Point:
     """The NTK in tiles and its 20 leading eigenpairs, by the command, within 1 GiB."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from large_kernel import command, trained, watched
 
     with tempfile.TemporaryDirectory() as folder:

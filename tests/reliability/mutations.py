@@ -504,6 +504,27 @@ MUTATIONS = [
         ("tests/pipeline/test_replay.py::test_an_imported_model_needs_permission_and_must_be_the_same",),
     ),
     Mutation(
+        "a worker makes tiles of another model that has the name of the run's",
+        "pipeline/replay.py",
+        "    check_predictions(source, model, row, train)  # a worker",
+        "    # a worker",
+        ("tests/pipeline/test_remote_tiles.py::test_a_model_of_the_users_own_is_what_the_run_trained",),
+    ),
+    Mutation(
+        "a worker makes tiles for a command that has ended",
+        "pipeline/tiles.py",
+        "        if name in _over:",
+        "        if False:",
+        ("tests/pipeline/test_remote_tiles.py::test_nothing_is_made_for_a_command_that_has_ended",),
+    ),
+    Mutation(
+        "a replay that is refused removes the result of an earlier state of the run",
+        "pipeline/replay.py",
+        "    if asked.is_done:\n",
+        "    asked.remove_stale()\n    if asked.is_done:\n",
+        ("tests/pipeline/test_remote_tiles.py::test_what_is_refused_removes_nothing",),
+    ),
+    Mutation(
         "texts of a store are markup in the report",
         "analysis/report.py",
         "autoescape=True",

@@ -1,7 +1,6 @@
 """Attacks on whoever opens a store: each is refused in one line, in little memory, without leaving the store."""
 
 import json
-import resource
 import shutil
 import zipfile
 from io import BytesIO
@@ -10,6 +9,7 @@ from unittest.mock import patch
 import duckdb
 import numpy as np
 import pytest
+import resident
 from mock_store import mock_run
 from study_files import assert_one_plain_line
 
@@ -33,9 +33,9 @@ def no_fsync():
 @pytest.fixture(autouse=True)
 def little_memory():
     """No attack may make us take much."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident.begin()
     yield
-    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < MEMORY
+    assert resident.peak() - before < MEMORY
 
 
 @pytest.fixture(scope="module")

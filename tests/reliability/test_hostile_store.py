@@ -4,13 +4,13 @@ The stranger knows the format: after each change the digest of the record is mad
 """
 
 import json
-import resource
 import shutil
 from contextlib import contextmanager
 from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
+import resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_store import mock_run
@@ -129,11 +129,6 @@ def everything(path, number):
     return True
 
 
-def resident():
-    """Most bytes that this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def attempt(call):
     """Whether a call answered."""
     try:
@@ -164,14 +159,14 @@ def test_any_record_is_read_or_refused_in_one_line(path, cases, measured):
         with in_place_of(path / "zarr.json", forged):
             read += everything(path, read)
 
-    before = resident()
+    before = resident.begin()
     try:
         check()
     finally:
         shutil.rmtree(path.parents[1] / "analysis", ignore_errors=True)
         (path.parents[1] / "catalog.duckdb").unlink(missing_ok=True)
     assert files(path.parents[2]) == outside
-    grown = resident() - before
+    grown = resident.peak() - before
     assert grown < MEMORY
     of = "a finished" if document["attributes"]["status"] == "complete" else "a growing"
     measured("R15", f"a forged zarr.json of {of} run", cases=cases // 2, read=read, tracebacks=0, paths_outside=0,
