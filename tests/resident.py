@@ -1,7 +1,7 @@
 """The most memory that this process held, as Linux counts it for what it runs now.
 
-`ru_maxrss` will not do: it begins with the peak of the process that forked this one, and an earlier peak hides what comes
-after it.
+`ru_maxrss` will not do: it begins with the peak of the process that forked this one, and an earlier peak hides
+what comes after it.
 """
 
 from pathlib import Path
