@@ -140,7 +140,7 @@ def sweeping(steps: int, runs: int) -> Iterator[Row]:
         with (
             tempfile.TemporaryDirectory() as root,
             LocalCluster(
-                workers, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0",
+                n_workers=workers, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0",
                 silence_logs=logging.ERROR,
             ) as local,
         ):  # fmt: skip
