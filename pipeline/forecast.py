@@ -73,7 +73,8 @@ def forecast(
         InputError: as `replay`, also if there is not enough memory or room on disk.
     """
     asked = ask(run, kernel, probe, layers, at, matrix_free)
-    left = [step for step in asked.rows.values() if step > asked.last_step]
+    done = asked.last_step
+    left = [step for step in asked.rows.values() if step > done]
     side = min(asked.n, schema.TILE) if asked.in_tiles else asked.n
     tiles = 0 if asked.matrix_free is not None else (-(-asked.n // side)) ** 2
     room = Room(asked, workers)

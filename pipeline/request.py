@@ -73,27 +73,30 @@ class Request:
     @property
     def last_step(self) -> int:
         """Of the rows that the result has; -1 if there are none, or they are of an earlier state of the run."""
-        found = read_run(self.path) if is_run(self.path) else None
-        step = found.attrs["last_step"] if found and self._is_of(found) else None
+        found = self._found()
+        step = found.attrs["last_step"] if found else None
         return -1 if step is None else step
 
     @property
     def is_done(self) -> bool:
         """Whether the result is there."""
-        if not is_run(self.path):
+        found = self._found()
+        if found is None:
             return False
-        found = read_run(self.path)
         closed = found.attrs["status"] in FINAL or self.source.attrs["status"] not in FINAL
-        return self._is_of(found) and closed and found.attrs["last_step"] == max(self.rows.values())
+        return closed and found.attrs["last_step"] == max(self.rows.values())
 
     def remove_stale(self) -> None:
         """Remove a result of an earlier state of the run."""
-        if is_run(self.path) and not self._is_of(read_run(self.path)):
+        if is_run(self.path) and self._found() is None:
             door(self.path.parent).delete(self.path.name)
 
-    def _is_of(self, found: Run) -> bool:
-        seed = chain_seed(zarr3.as_stored(self.identity), self.examples.arrays)
-        return found.attrs["seed_digest"] == seed.hex()
+    def _found(self) -> Run | None:
+        """The result, if there is one and it is of the run as it is now."""
+        if not is_run(self.path):
+            return None
+        found, seed = read_run(self.path), chain_seed(zarr3.as_stored(self.identity), self.examples.arrays)
+        return found if found.attrs["seed_digest"] == seed.hex() else None
 
 
 def ask(

@@ -195,12 +195,9 @@ class Processes:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(environment(dict.fromkeys(THREAD_VARIABLES, str(self._threads))))
-            pool = ProcessPoolExecutor(self._count, get_context("spawn"), begin_worker, (None,))
-            self._pool = stack.enter_context(pool)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            self._stack = stack.pop_all()
+        self._stack.enter_context(environment(dict.fromkeys(THREAD_VARIABLES, str(self._threads))))
+        self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), begin_worker, (None,))
+        self._stack.callback(self._pool.shutdown, cancel_futures=True)
         return self
 
     def __exit__(self, *error: object) -> None:
